@@ -1,0 +1,1 @@
+"""Array mathematics: no modules, no input or output."""

@@ -1,0 +1,54 @@
+"""Shared signatures: what every part of diffjax passes to every other part.
+
+Notation (the same from README to tests): clean data `x0`, unit noise `eps`, noise level `sigma`,
+noisy data `x = x0 + sigma * eps`. A *network* is a raw neural network F; a *denoiser* estimates
+E[x0 | x] in sigma space, whatever the network predicts inside. Solvers, methods and metrics see
+denoisers only, and parameters as plain nested dicts of arrays.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+Key = jax.Array  # a typed key, jax.random.key
+Params = Mapping[str, Any]  # nested dict of arrays
+Batch = Mapping[str, Array]
+Metrics = Mapping[str, Array]  # float32 scalars; "nonfinite_leaf" is reserved, see Method
+
+# Conditions by name; absent keys (or None) mean "not given". The names in use:
+#   label      int32 (B,), 0..num_classes; num_classes itself is the null class
+#   augment    float32 (B, 9), EDM's non-leaking augmentation labels
+#   num_steps  float32 scalar, the N of a step-conditioned (SFD-v) student
+Cond = Mapping[str, Array]
+
+
+class Network(Protocol):
+    """Raw network F. `x` (B, H, W, C); `noise_label` (B,); `key` switches dropout on."""
+
+    def __call__(
+        self, params: Params, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None
+    ) -> Array: ...
+
+
+class Denoiser(Protocol):
+    """E[x0 | x]. `x` (B, ...); `sigma` scalar or (B,); same shape and dtype as `x` back."""
+
+    def __call__(
+        self, params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None
+    ) -> Array: ...
+
+
+class Method(NamedTuple):
+    """A training method as two pure functions.
+
+    init(params) -> state: a NamedTuple whose `params` are the weights that will be sampled.
+    step(state, frozen, batch, key, iteration) -> (state, metrics): one iteration. `frozen` holds
+      parameters that are read, never trained (a teacher), `iteration` is an int32 scalar that
+      counts from 0. metrics["nonfinite_leaf"] is the index (order of `trees.paths`) of the first
+      parameter whose gradient was not finite, -1 where all were.
+    """
+
+    init: Callable[[Params], Any]
+    step: Callable[[Any, Params, Batch, Key, Array], tuple[Any, Metrics]]
