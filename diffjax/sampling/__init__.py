@@ -1,0 +1,1 @@
+"""Sampling: one loop for every solver, and pictures from seeds."""
