@@ -15,6 +15,7 @@ Parameters are plain dicts, so these are `Denoiser`s like any network. All arith
 import jax
 import jax.numpy as jnp
 
+from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Cond, Key, Params
 
 
@@ -24,7 +25,7 @@ def gaussian_denoiser(
     """(1) for params {"mean": scalar or x.shape[1:], "std": scalar}; x (B, ...), sigma scalar or (B,)."""
     del cond, key
     mean = jnp.broadcast_to(params["mean"], x.shape[1:])[None]
-    data, noise = jnp.square(params["std"]), jnp.square(_like(sigma, x))
+    data, noise = jnp.square(params["std"]), jnp.square(per_sample(jnp.asarray(sigma, x.dtype), x))
     return ((data * x + noise * mean) / (data + noise)).astype(x.dtype)
 
 
@@ -32,7 +33,7 @@ def gaussian_solution(params: Params, x: Array, sigma_from: Array, sigma_to: Arr
     """(2): the state at noise level `sigma_to` of the ODE path through x (B, ...) at `sigma_from`; levels as in (1)."""
     mean = jnp.broadcast_to(params["mean"], x.shape[1:])[None]
     data = jnp.square(params["std"])
-    start, end = jnp.square(_like(sigma_from, x)), jnp.square(_like(sigma_to, x))
+    start, end = (jnp.square(per_sample(jnp.asarray(sigma, x.dtype), x)) for sigma in (sigma_from, sigma_to))
     return (mean + (x - mean) * jnp.sqrt((data + end) / (data + start))).astype(x.dtype)
 
 
@@ -51,7 +52,7 @@ def mixture_sample(params: Params, key: Key, num: int) -> Array:
     pick, draw = jax.random.split(key)
     component = jax.random.categorical(pick, jnp.log(params["weight"]), shape=(num,))
     eps = jax.random.normal(draw, (num, *mean.shape[1:]), mean.dtype)
-    return mean[component] + _like(params["std"][component], eps) * eps
+    return mean[component] + per_sample(params["std"][component], eps) * eps
 
 
 def _posterior(params: Params, x: Array, sigma: Array) -> tuple[Array, Array]:
@@ -68,9 +69,3 @@ def _posterior(params: Params, x: Array, sigma: Array) -> tuple[Array, Array]:
         - 0.5 * flat.shape[-1] * jnp.log(total[..., 0])
     )
     return jax.nn.softmax(logits, axis=-1), (data * flat + noise * mean) / total
-
-
-def _like(sigma: Array, x: Array) -> Array:
-    """A scalar or (B,) level as an array that multiplies x (B, ...)."""
-    sigma = jnp.asarray(sigma, x.dtype)
-    return sigma if sigma.ndim == 0 else sigma.reshape(-1, *(1,) * (x.ndim - 1))

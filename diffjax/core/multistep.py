@@ -85,7 +85,8 @@ def _released_adams_weights(t: np.ndarray, i: int, k: int) -> np.ndarray:
     bracket = 0.5 * (1 - h / (3 * (h + h1))) + (1 - h / (2 * (h + h1))) * h / (6 * (h + h1 + h2))
     b = bracket * h * (h + h1) * (h + h1 + h2) / (h1 * (h1 + h2) * (h1 + h2 + h3))
     k4 = h1 * (h1 + h2) / (h2 * (h2 + h3))
-    return np.array([c1 + a + b, c2 - (1 + q) * a - (1 + q + k4) * b, q * a + (q + k4 * (1 + h2 / h3)) * b, -q * k4 * b])
+    third = q * a + (q + k4 * (1 + h2 / h3)) * b
+    return np.array([c1 + a + b, c2 - (1 + q) * a - (1 + q + k4) * b, third, -q * k4 * b])
 
 
 def deis(t: np.ndarray, order: int, parity: bool = False) -> Table:

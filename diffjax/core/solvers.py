@@ -18,7 +18,7 @@ calls is the number of rows, and changing the noise levels changes numbers only,
     dpm2s                    Lu 2022 (DPM-Solver), algorithm 1               order 2, two calls per step
     ipndm, ipndm_v, deis     Liu 2022 (PNDM), Zhang 2023 (DEIS)              orders 1-4, one call per step
     dpmpp = dpmpp_data, dpmpp_noise   Lu 2022 (DPM-Solver++)                 orders 1-3, one call per step
-    unipc                    Zhao 2023 (UniPC), algorithms 5 and 6           orders 1-4, one call per step
+    unipc                    Zhao 2023 (UniPC), algorithms 1 and 2           orders 1-3, one call per step
     edm_stochastic           Karras 2022, algorithm 2                        Heun with added noise
 
 >>> from diffjax.core import grids, solvers
@@ -86,6 +86,10 @@ class Plan:
         return self.advance.shape[-1] - 2
 
 
+class TooFewSteps(ValueError):
+    """The grid has too few noise levels for the solver."""
+
+
 class Rows(NamedTuple):
     """What a solver's builder returns: the fields of Plan before the analytic first step is considered."""
 
@@ -105,12 +109,13 @@ def make_plan(
 
     order    of a multistep solver; None is its default (ipndm, ipndm_v, deis: 4, dpmpp, unipc: 3)
     parity   the coefficients of the released code of Zhou 2024 where they differ from the right ones
-    afs      analytic first step: D(x, t_0) = x (1 - t_0 / sqrt(1 + t_0^2)) without a call. Dockhorn 2022, section 3.3
+    afs      analytic first step: D(x, t_0) = x (1 - t_0 / sqrt(1 + t_0^2)) without a call. Dockhorn 2022
     options  dpmpp and unipc: form ("data", "noise"), lower_order_final (True); unipc: variant ("bh2", "bh1");
              dpm2s: r (0.5); edm_stochastic: s_churn, s_min, s_max, s_noise
 
-    Raises ValueError for an unknown solver or option, levels that are not finite, negative, not strictly decreasing
-    or too few, an order the solver does not have, and a last level of 0 where the solver has no limit there.
+    Raises ValueError for an unknown solver or option, levels that are not finite, negative or not strictly decreasing,
+    an order the solver does not have, and a last level of 0 where the solver has no limit there; TooFewSteps, a
+    ValueError, for too few levels.
     """
     build, orders, parity_differs, options = _lookup(solver, options)
     t = _check_sigmas(sigmas)
@@ -128,7 +133,7 @@ def make_plan(
         steps=rows.steps, form=rows.form, corrected=rows.corrected,
     )  # fmt: skip
     if plan.nfe < 1:
-        raise ValueError("the analytic first step alone makes no network call: give at least 3 sigmas or afs=False")
+        raise TooFewSteps("the analytic first step alone makes no network call: give at least 3 sigmas or afs=False")
     if afs and rows.noise is not None:
         raise ValueError("afs replaces the first call of a deterministic solver; edm_stochastic adds noise before it")
     return plan
@@ -168,9 +173,7 @@ def _deis(t: np.ndarray, order: int, parity: bool) -> Rows:
     return _from_table(t, multistep.deis(t, order, parity), "noise")
 
 
-def _dpmpp(
-    t: np.ndarray, order: int, parity: bool, form: str = "data", lower_order_final: bool = True
-) -> Rows:
+def _dpmpp(t: np.ndarray, order: int, parity: bool, form: str = "data", lower_order_final: bool = True) -> Rows:
     _check_log_time(t, "dpmpp", order, form, lower_order_final)
     return _from_table(t, multistep.dpmpp(t, order, form, lower_order_final, parity), form)
 
@@ -182,7 +185,7 @@ def _unipc(
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"unipc variant must be 'bh1' or 'bh2', found {variant!r}")
     if parity and len(t) - 1 < order:
-        raise ValueError(
+        raise TooFewSteps(
             f"unipc of order {order} needs at least {order + 1} sigmas with parity=True (the released code spends "
             f"one call more on shorter grids), found {len(t)}: give more sigmas, order={len(t) - 1} or parity=False"
         )
@@ -245,8 +248,11 @@ def _row(x: float, y: float, newest: float, older: float) -> np.ndarray:
 
 def _two_stage(first: np.ndarray, second: np.ndarray, start: np.ndarray, middle: np.ndarray) -> Rows:
     """Alternate the rows of both stages; the first keeps its y as x, the second leaves its result in both."""
+
+    def alternate(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.stack([a, b], axis=1).reshape((-1, *a.shape[1:]))
+
     same = np.tile(_row(0, 1, 0, 0), (len(first), 1))
-    alternate = lambda a, b: np.stack([a, b], axis=1).reshape((-1, *a.shape[1:]))  # noqa: E731
     return Rows(
         levels=alternate(start, middle), advance=alternate(first, second), keep=alternate(same, second),
         steps=tuple(i + 1 for i in range(len(first)) for _ in range(2)), form="noise",
@@ -255,7 +261,7 @@ def _two_stage(first: np.ndarray, second: np.ndarray, start: np.ndarray, middle:
 
 # Names and checks -----------------------------------------------------------------------------------------------
 
-# name -> builder, possible orders (default last... see DEFAULT_ORDER), whether `parity` changes the coefficients
+# name -> builder, its orders (the last is the default), whether `parity` changes the coefficients
 SOLVERS: dict[str, tuple[Callable[..., Rows], tuple[int, ...], bool]] = {
     "euler": (_euler, (1,), False),
     "ddim": (_euler, (1,), False),
@@ -297,8 +303,10 @@ def _check_order(solver: str, order: int | None, orders: tuple[int, ...]) -> int
 
 def _check_sigmas(sigmas: np.ndarray) -> np.ndarray:
     t = np.array(sigmas, np.float64)
-    if t.ndim != 1 or len(t) < 2:
-        raise ValueError(f"sigmas must be one array of at least 2 noise levels (one step), found shape {t.shape}")
+    if t.ndim != 1:
+        raise ValueError(f"sigmas must be one array of noise levels, found shape {t.shape}")
+    if len(t) < 2:
+        raise TooFewSteps(f"a solver needs at least 2 sigmas (one step), found {t.tolist()}")
     if not np.all(np.isfinite(t)) or np.any(t < 0):
         raise ValueError(f"sigmas must be finite and not negative, found {t.tolist()}")
     if np.any(np.diff(t) >= 0):

@@ -1,4 +1,4 @@
-"""Coefficients of UniPC, on the host in float64. Zhao 2023, algorithms 5 to 8.
+"""Coefficients of UniPC, on the host in float64. Zhao 2023, algorithms 1 (corrector) and 2 (predictor).
 
 With lambda = -log t, h = lambda_{i+1} - lambda_i and the values m_i of `multistep`, one step of order o has nodes
 r_j = (lambda_{i-j} - lambda_i) / h for j = 1..o-1 and r_o = 1 (the new point), and
@@ -66,7 +66,9 @@ def _corrector(t: np.ndarray, i: int, order: int, form: str, variant: str) -> tu
     return a, weights[-1], older
 
 
-def _system(t: np.ndarray, i: int, order: int, form: str, variant: str) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+def _system(
+    t: np.ndarray, i: int, order: int, form: str, variant: str
+) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
     """Nodes (o,), the factor s B, and (3) as matrix (o, o) and right side (o,)."""
     lam = -np.log(t[i + 1 - np.arange(order + 1)])
     h = lam[0] - lam[1]

@@ -118,7 +118,9 @@ def _save(saved: Array | None, row: Row, state: State, corrected: bool) -> Array
 
 
 def _rows(plan: Plan, dtype: jnp.dtype, save_every: int) -> Row:
-    cast = lambda a: None if a is None else jnp.asarray(a, dtype)  # noqa: E731
+    def cast(a: Array | None) -> Array | None:
+        return None if a is None else jnp.asarray(a, dtype)
+
     step = jnp.asarray(plan.steps, jnp.int32)
     # a predictor-corrector holds state i-1 while it works on step i; its first row rewrites the start
     done = jnp.maximum(step - 1, 1) if plan.corrected else step
@@ -137,5 +139,8 @@ def _noise_source(plan: Plan, x: Array, key: Key | None, noise: Callable | None)
         return noise
     if key.shape != x.shape[:1]:
         raise ValueError(f"key must hold one key per sample, shape {x.shape[:1]}, found {key.shape}")
-    draw = lambda k, step: jax.random.normal(jax.random.fold_in(k, step), x.shape[1:], x.dtype)  # noqa: E731
+
+    def draw(one: Key, step: Array) -> Array:
+        return jax.random.normal(jax.random.fold_in(one, step), x.shape[1:], x.dtype)
+
     return lambda step: jax.vmap(draw, in_axes=(0, None))(key, step)

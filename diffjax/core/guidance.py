@@ -1,0 +1,110 @@
+"""Guidance: a conditional and an unconditional estimate of one denoiser, extrapolated.
+
+    D_w(x) = D_u(x) + w (D_c(x) - D_u(x))                                                           (1)
+
+w = 1 is the conditional denoiser, w = 0 the unconditional one. (1) is linear, so it is the same in eps, x0, v and
+F. All functions here take and return a `Denoiser`, so they compose; each guided call is two network calls. They are
+made one after the other, so that a batch split over devices stays where it is and both conditions may differ in form.
+
+`guidance_scale` and the ends of an interval may be traced: changing them does not recompile.
+
+>>> import functools, jax.numpy as jnp
+>>> from diffjax.core import guidance
+>>> denoise = lambda params, x, sigma, cond=None, key=None: x * cond["label"][0]
+>>> uncond = functools.partial(guidance.null_label, num_classes=3)
+>>> guided = guidance.cfg(denoise, 2.0, uncond)
+>>> float(guided({}, jnp.ones(()), 1.0, {"label": jnp.array([1])}))  # 3 + 2 (1 - 3)
+-1.0
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.core.broadcast import per_sample
+from diffjax.core.types import Array, Cond, Denoiser, Key, Params
+
+Uncond = Callable[[Cond], Cond]
+
+
+def cfg(denoise: Denoiser, guidance_scale: Array | float, uncond: Uncond | None) -> Denoiser:
+    """Classifier-free guidance (1) at every noise level. Ho 2022, eq. 6 with w = 1 for no guidance.
+
+    `guidance_scale` scalar or (B,); `uncond` makes the unconditional condition of the conditional one, as `null_label`.
+    Raises ValueError where `uncond` is None.
+    """
+    uncond = _checked(uncond)
+
+    def guided(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
+        conditional = denoise(params, x, sigma, cond, key)
+        return _extrapolate(conditional, denoise(params, x, sigma, uncond(cond), key), guidance_scale)
+
+    return guided
+
+
+def interval(
+    denoise: Denoiser, guidance_scale: Array | float, uncond: Uncond | None, low: Array | float, high: Array | float
+) -> Denoiser:
+    """Guidance (1) where low < sigma <= high, the conditional denoiser elsewhere. Kynkaanniemi 2024.
+
+    Where all of a batch shares one sigma (sampling), the unconditional call is skipped outside the interval. Raises
+    as `cfg`, and ValueError where low and high are numbers that are not 0 <= low < high.
+    """
+    uncond = _checked(uncond)
+    if isinstance(low, (int, float)) and isinstance(high, (int, float)) and not 0 <= low < high:
+        raise ValueError(f"a guidance interval needs 0 <= low < high, found ({low}, {high}]")
+
+    def guided(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
+        conditional = denoise(params, x, sigma, cond, key)
+        inside = jnp.logical_and(low < sigma, sigma <= high)
+
+        def extrapolated() -> Array:
+            return _extrapolate(conditional, denoise(params, x, sigma, uncond(cond), key), guidance_scale)
+
+        if inside.ndim == 0:
+            return jax.lax.cond(inside, extrapolated, lambda: conditional)
+        return jnp.where(per_sample(inside, conditional), extrapolated(), conditional)
+
+    return guided
+
+
+def null_label(cond: Cond | None, num_classes: int | None) -> Cond:
+    """`cond` with every label replaced by the null class, whose index is `num_classes`.
+
+    Raises ValueError where there is no label to replace, or where the network has no null class (`num_classes` None).
+    """
+    if num_classes is None:
+        raise ValueError(
+            "guidance needs a null class, and this network was trained without one: train with label dropout, "
+            "or sample with guidance_scale=None"
+        )
+    if cond is None or cond.get("label") is None:
+        raise ValueError(f"guidance needs cond['label'] to replace, found {sorted(cond or {})}")
+    return {**cond, "label": jnp.full_like(cond["label"], num_classes)}
+
+
+def dynamic_threshold(data: Array, quantile: float = 0.995) -> Array:
+    """Clip each sample of `data` (B, ...) to its quantile q of |D|, at least 1, and divide by q. Saharia 2022, 2.3.
+
+    For pixels in [-1, 1], as the `transform` of `sample`; latents have no such range. The result is in [-1, 1].
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile must be in (0, 1], found {quantile}")
+    magnitude = jnp.abs(data.reshape(data.shape[0], -1))
+    limit = per_sample(jnp.maximum(jnp.quantile(magnitude, quantile, axis=1), 1).astype(data.dtype), data)
+    return jnp.clip(data, -limit, limit) / limit
+
+
+def _checked(uncond: Uncond | None) -> Uncond:
+    if uncond is None:
+        raise ValueError(
+            "guidance needs an unconditional condition, found none: give uncond (null_label for a network with a "
+            "null class) or sample with guidance_scale=None"
+        )
+    return uncond
+
+
+def _extrapolate(conditional: Array, unconditional: Array, scale: Array | float) -> Array:
+    scale = per_sample(jnp.asarray(scale, conditional.dtype), conditional)
+    return unconditional + scale * (conditional - unconditional)

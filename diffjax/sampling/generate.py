@@ -1,0 +1,222 @@
+"""Pictures from seeds: sample i is the same whatever the batch size, the chunks or the devices.
+
+Each sample has its own key, made of the seed and its id, and every draw for it (start noise, label, noise of a
+stochastic solver) comes from that key. Samples are made in chunks of one fixed size, the last one padded, so one
+compiled program serves any number of them:
+
+    images = generate(denoise, params, plan, range(50), (32, 32, 3), batch_size=16, num_classes=10)
+    null = functools.partial(guidance.null_label, num_classes=10)
+    images = generate(..., guidance_scale=2.0, uncond=null)
+
+The program is cached on the functions given (`denoise`, `uncond`, `transform`, `finish`) by identity, so make them
+once. Plan, parameters, seed, labels and guidance scale are traced: changing their values does not recompile. Start
+noise is bit-equal in all cases; outputs are bit-equal for equal chunk sizes on one device, and agree to rounding
+otherwise, since XLA orders the sums of a matrix product by its shape. Several processes each make their own ids.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.core import guidance, rng
+from diffjax.core.solvers import Plan
+from diffjax.core.types import Array, Cond, Denoiser, Key, Params
+from diffjax.sampling.sample import sample
+
+
+def initial_noise(seed: int | Array, sample_ids: Array, shape: Sequence[int]) -> Array:
+    """Unit noise (B, *shape) float32 for the samples `sample_ids` (B,) of `seed`; each row depends on its id alone."""
+    keys = _stream(seed, sample_ids, "noise")
+    return jax.vmap(lambda key: jax.random.normal(key, tuple(shape), jnp.float32))(keys)
+
+
+def draw_labels(seed: int | Array, sample_ids: Array, num_classes: int) -> Array:
+    """Uniform labels (B,) int32 in 0..num_classes-1 for the samples `sample_ids` (B,) of `seed`."""
+    keys = _stream(seed, sample_ids, "label")
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes, jnp.int32))(keys)
+
+
+def generate(
+    denoise: Denoiser, params: Params, plan: Plan, sample_ids: Sequence[int], shape: Sequence[int], **options
+) -> np.ndarray:
+    """All samples as one host array (n, ...); arguments as `generate_chunks`, which does not hold them all."""
+    return np.concatenate(list(generate_chunks(denoise, params, plan, sample_ids, shape, **options)))
+
+
+def generate_chunks(
+    denoise: Denoiser,
+    params: Params,
+    plan: Plan,
+    sample_ids: Sequence[int],
+    shape: Sequence[int],
+    *,
+    batch_size: int,
+    seed: int = 0,
+    cond: Cond | None = None,
+    num_classes: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    uncond: guidance.Uncond | None = None,
+    transform: Callable[[Array], Array] | None = None,
+    finish: Callable[[Array], Array] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield host arrays (b, ...), b <= batch_size, of the samples `sample_ids` in order, each of `shape` (H, W, C).
+
+    cond               per-sample entries (n, ...) with n ids, or scalars that hold for all
+    num_classes        labels are drawn per sample where cond has none; given labels must be 0..num_classes
+    guidance_scale     see `guidance.cfg`; None is no guidance. Needs `uncond`; `guidance_interval` is (low, high]
+    transform, finish  of each D, and of the final samples (B, ...) inside the compiled program, as `to_uint8`
+    mesh               splits every chunk over its axis "data"; parameters are copied to all its devices, unless they
+                       are already laid out on them
+    Raises ValueError, before any sampling, for a seed or ids outside 0..2^32-1, lengths or sizes that do not fit,
+    labels out of range, and guidance without `uncond`.
+    """
+    ids = _check_ids(sample_ids)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in 0..2^32-1, found {seed}")
+    _check_sizes(batch_size, mesh)
+    scale, interval = _check_guidance(guidance_scale, guidance_interval, uncond)
+    cond = _check_cond(cond, len(ids), num_classes)
+    if mesh is not None:
+        params = _on_mesh(params, mesh)
+    draw = num_classes if num_classes is not None and "label" not in cond else None
+    fixed = (denoise, uncond if scale is not None else None, transform, finish, tuple(shape), draw, mesh)
+
+    def make(ids: Array, cond: dict[str, Array]) -> Array:
+        return _chunk(*fixed, params, plan, np.uint32(seed), ids, cond, scale, interval)
+
+    return _chunks(make, ids, cond, batch_size, mesh)
+
+
+def to_uint8(images: Array) -> Array:
+    """[-1, 1] to 0..255 as published scores have it: clip(127.5 x + 128), truncated. Karras 2022, released code."""
+    return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
+
+
+def _chunks(
+    make: Callable[[Array, dict], Array], ids: np.ndarray, cond: dict, batch_size: int, mesh: jax.sharding.Mesh | None
+) -> Iterator[np.ndarray]:
+    """Start chunk i+1 before waiting for chunk i: the host copies while the device works."""
+    waiting: list[tuple[Array, int]] = []
+    for start in range(0, len(ids), batch_size):
+        part = functools.partial(_part, start=start, size=batch_size, mesh=mesh)
+        images = make(part(ids), {name: part(value) for name, value in cond.items()})
+        waiting.append((images, min(batch_size, len(ids) - start)))
+        if len(waiting) > 1:
+            images, count = waiting.pop(0)
+            yield np.asarray(images)[:count]
+    images, count = waiting.pop(0)
+    yield np.asarray(images)[:count]
+
+
+def _part(values: np.ndarray, start: int, size: int, mesh: jax.sharding.Mesh | None) -> Array | np.ndarray:
+    """Rows start..start+size, the last one repeated where they run out, split over the mesh. Scalars hold for all."""
+    spec = jax.sharding.PartitionSpec()
+    if values.ndim:
+        spec = jax.sharding.PartitionSpec("data")
+        values = values[start : start + size]
+        values = np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1), mode="edge")
+    return values if mesh is None else jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def _chunk(
+    denoise: Denoiser, uncond: guidance.Uncond | None, transform: Callable | None, finish: Callable | None,
+    shape: tuple[int, ...], draw_classes: int | None, mesh: jax.sharding.Mesh | None,
+    params: Params, plan: Plan, seed: Array, ids: Array, cond: dict, scale: Array, interval: tuple[Array, Array] | None,
+) -> Array:  # fmt: skip
+    """One chunk: noise, labels, sampling and `finish` in one program."""
+    x = initial_noise(seed, ids, shape) * jnp.asarray(plan.sigmas[0], jnp.float32)
+    if mesh is not None:
+        x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    if draw_classes is not None:
+        cond = {**cond, "label": draw_labels(seed, ids, draw_classes)}
+    if uncond is not None and interval is None:
+        denoise = guidance.cfg(denoise, scale, uncond)
+    elif uncond is not None:
+        denoise = guidance.interval(denoise, scale, uncond, *interval)
+    key = None if plan.noise is None else _stream(seed, ids, "solver")
+    x = sample(denoise, params, x, plan, cond or None, key=key, transform=transform)
+    return x if finish is None else finish(x)
+
+
+def _stream(seed: int | Array, sample_ids: Array, name: str) -> Key:
+    """One key (B,) per sample and purpose."""
+    keys = rng.sample_keys(seed, jnp.asarray(sample_ids))
+    return jax.vmap(lambda key: jax.random.fold_in(key, zlib.crc32(name.encode())))(keys)
+
+
+def _on_mesh(params: Params, mesh: jax.sharding.Mesh) -> Params:
+    """Replicate what is not on the devices of `mesh` already, so that a sharded layout of the caller is kept."""
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    devices = set(mesh.devices.flat)
+
+    def place(leaf: Array) -> Array:
+        there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
+        return leaf if there else jax.device_put(leaf, everywhere)
+
+    return jax.tree.map(place, params)
+
+
+def _check_ids(sample_ids: Sequence[int]) -> np.ndarray:
+    ids = np.asarray(sample_ids)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"sample_ids must be a non-empty list of integers, found {ids.dtype} of shape {ids.shape}")
+    if ids.min() < 0 or ids.max() >= 2**32:
+        raise ValueError(f"sample_ids must be in 0..2^32-1, found {ids.min()}..{ids.max()}")
+    return ids.astype(np.uint32)
+
+
+def _check_sizes(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, found {batch_size}")
+    if mesh is None:
+        return
+    if "data" not in mesh.shape:
+        raise ValueError(f"mesh must have an axis 'data', found {tuple(mesh.shape)}")
+    if batch_size % mesh.shape["data"]:
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over the {mesh.shape['data']} devices of axis 'data': "
+            "take a multiple of it (a last, smaller chunk is padded)"
+        )
+
+
+def _check_guidance(
+    scale: float | None, interval: tuple[float, float] | None, uncond: guidance.Uncond | None
+) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
+    if scale is None:
+        if interval is not None:
+            raise ValueError("guidance_interval needs a guidance_scale")
+        return None, None
+    if uncond is None:
+        raise ValueError(
+            f"guidance_scale={scale} needs a null class: give uncond (see guidance.null_label), or guidance_scale=None "
+            "for a network trained without one"
+        )
+    if interval is None:
+        return np.float32(scale), None
+    if not 0 <= interval[0] < interval[1]:
+        raise ValueError(f"guidance_interval (low, high] needs 0 <= low < high, found {interval}")
+    return np.float32(scale), tuple(np.float32(end) for end in interval)
+
+
+def _check_cond(cond: Cond | None, num: int, num_classes: int | None) -> dict[str, np.ndarray]:
+    cond = {name: np.asarray(value) for name, value in (cond or {}).items() if value is not None}
+    for name, value in cond.items():
+        if value.ndim and len(value) != num:
+            raise ValueError(f"cond[{name!r}] must have one entry for each of {num} samples, found {value.shape}")
+    label = cond.get("label")
+    if label is None:
+        return cond
+    if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
+        raise ValueError(f"labels must be integers of shape ({num},), found {label.dtype} {label.shape}")
+    if num_classes is not None and (label.min() < 0 or label.max() > num_classes):
+        raise ValueError(f"labels must be 0..{num_classes} ({num_classes} is the null class), found "
+                         f"{label.min()}..{label.max()}")  # fmt: skip
+    cond["label"] = label.astype(np.int32)
+    return cond
