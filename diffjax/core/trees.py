@@ -1,0 +1,71 @@
+"""Trees of arrays, compared and named by path.
+
+A path is the keys from the root joined by "/": "enc/16x16_block0/conv0/kernel". Merging a Flax graph
+with a dict checks no shapes, so every tree that comes from outside (a checkpoint, converted weights)
+goes through `check` before it is used.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.core.types import Array
+
+_SHOWN = 20  # differences in one message; a wrong architecture has thousands
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in JAX's order of leaves."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def paths(tree: Any) -> list[str]:
+    """Paths of all leaves, in JAX's order of leaves."""
+    return list(flatten(tree))
+
+
+def count(tree: Any) -> int:
+    """Number of array elements (parameters); leaves may be abstract."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+def compare(expected: Any, found: Any) -> list[str]:
+    """Differences in structure, shape and dtype, one readable line each; leaves may be abstract."""
+    want, have = flatten(expected), flatten(found)
+    lines = [f"missing: {path} {_describe(leaf)}" for path, leaf in want.items() if path not in have]
+    lines += [f"extra: {path} {_describe(leaf)}" for path, leaf in have.items() if path not in want]
+    for path in want.keys() & have.keys():
+        if _describe(want[path]) != _describe(have[path]):
+            lines.append(f"different: {path}, expected {_describe(want[path])}, found {_describe(have[path])}")
+    return sorted(lines)
+
+
+def check(expected: Any, found: Any, what: str) -> None:
+    """Raise ValueError naming every path in which `found` differs from `expected` (see `compare`)."""
+    lines = compare(expected, found)
+    if lines:
+        more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+        listing = "\n  ".join(lines[:_SHOWN])
+        raise ValueError(f"{what} does not fit, {len(lines)} differences:\n  {listing}{more}")
+
+
+def lerp(a: Any, b: Any, t: Array | float) -> Any:
+    """a + t (b - a), leaf by leaf, in the dtype of `a`."""
+    return jax.tree.map(lambda x, y: (x + t * (y - x)).astype(x.dtype), a, b)
+
+
+def first_nonfinite(tree: Any) -> Array:
+    """Index (order of `paths`) of the first leaf that holds a NaN or an infinity, int32; -1 where none does."""
+    bad = jnp.stack([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def _describe(leaf: Any) -> str:
+    shape = ",".join(map(str, leaf.shape))
+    return f"{np.dtype(leaf.dtype).name if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype}[{shape}]"
