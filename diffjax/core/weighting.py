@@ -1,0 +1,42 @@
+"""Loss weights by noise level, for the squared error of the denoised image |D - x0|^2.
+
+Other losses are this one with another weight: |eps error|^2 = |D - x0|^2 / sigma^2, so weight 1 on
+eps is `eps` here, and a weight w(SNR) on eps is w / sigma^2. SNR = 1 / sigma^2.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.core.types import Array
+
+
+def unit(sigma: Array) -> Array:
+    """1: the squared error of the image itself."""
+    return jnp.ones_like(sigma)
+
+
+def edm(sigma: Array, sigma_data: float = 0.5) -> Array:
+    """(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2. Karras 2022, table 1."""
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def eps(sigma: Array) -> Array:
+    """1 / sigma^2: the squared error of the noise, also the weight of the VP and VE losses. Ho 2020, eq. 14."""
+    return 1 / sigma**2
+
+
+def min_snr(sigma: Array, gamma: float = 5.0) -> Array:
+    """min(SNR, gamma). Hang 2023, eq. 7 for x0 prediction."""
+    return jnp.minimum(1 / sigma**2, gamma)
+
+
+def sigmoid(sigma: Array, bias: float = 0.0) -> Array:
+    """sigmoid(bias - logSNR) on eps, thus / sigma^2 here. Hoogeboom 2024 (Simpler Diffusion), eq. 4."""
+    return jax.nn.sigmoid(bias + 2 * jnp.log(sigma)) / sigma**2
+
+
+WEIGHTINGS: dict[str, Callable[..., Array]] = {
+    "unit": unit, "edm": edm, "eps": eps, "min_snr": min_snr, "sigmoid": sigmoid,
+}  # fmt: skip

@@ -1,0 +1,74 @@
+"""Optimisers and learning rates from the plain values of a config.
+
+The two are apart: an optimiser here is an optax transformation without a learning rate, and the rate
+is a function of the iteration, so that a method may make several updates in one iteration.
+"""
+
+import difflib
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import optax
+
+from diffjax.core.types import Array
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "cosine", "half_drop")
+
+
+def make_optimizer(
+    name: str = "adam",
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    clip_norm: float = 0.0,
+) -> optax.GradientTransformation:
+    """"adam", "adamw" (decoupled decay, Loshchilov & Hutter 2019) or "sgd" (momentum), after clipping the
+    global gradient norm to `clip_norm` (0 = off). Raises ValueError for an unknown name."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {name!r}, expected one of {OPTIMIZERS}{_nearest(name, OPTIMIZERS)}")
+    if weight_decay and name != "adamw":
+        raise ValueError(f"weight_decay={weight_decay} needs optim.name='adamw', found {name!r}")
+    parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    parts.append(optax.trace(momentum) if name == "sgd" else optax.scale_by_adam(b1, b2, eps))
+    if name == "adamw":
+        parts.append(optax.add_decayed_weights(weight_decay))
+    return optax.chain(*parts)
+
+
+def make_learning_rate(
+    learning_rate: float,
+    batch_size: int,
+    total_images: int,
+    schedule: str = "constant",
+    warmup_images: int = 0,
+) -> Callable[[Array], Array]:
+    """iteration -> float32 rate: linear warm-up over `warmup_images`, then "constant", "cosine" to zero at
+    `total_images`, or "half_drop" to a tenth after half of them. Raises ValueError for values out of range."""
+    if not (learning_rate > 0 and batch_size > 0 and total_images > 0 and warmup_images >= 0):
+        raise ValueError(
+            "learning_rate, batch_size and total_images must be positive and warmup_images not negative, found "
+            f"{learning_rate}, {batch_size}, {total_images}, {warmup_images}"
+        )
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}, expected one of {SCHEDULES}{_nearest(schedule, SCHEDULES)}")
+    # the published SFD loop tests before it counts: one iteration after half of the images
+    drop_at = 1 + -(-total_images // (2 * batch_size))
+
+    def rate(iteration: Array) -> Array:
+        images = jnp.asarray(iteration, jnp.float32) * batch_size
+        factor = jnp.minimum(images / warmup_images, 1.0) if warmup_images else jnp.float32(1)
+        if schedule == "cosine":
+            factor = factor * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(images / total_images, 1.0)))
+        if schedule == "half_drop":
+            factor = factor * jnp.where(iteration >= drop_at, 0.1, 1.0)
+        return jnp.float32(learning_rate) * factor
+
+    return rate
+
+
+def _nearest(name: str, names: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(str(name), names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""

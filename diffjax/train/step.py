@@ -1,0 +1,28 @@
+"""One training step as a pure function of (state, frozen parameters, batch)."""
+
+from collections.abc import Callable
+
+from diffjax.core import rng
+from diffjax.core.types import Array, Batch, Method, Metrics, Params
+from diffjax.train import ema
+from diffjax.train.state import TrainState
+
+
+def make_train_step(
+    method: Method, decay: Callable[[Array], Array] | None = None
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
+    """The step that `jax.jit(step, donate_argnums=0)` compiles once for a run.
+
+    Its key is made of (seed, step), both in the state, so it repeats exactly after a restart. `decay`
+    (see `ema.make_decay`) maps the iteration to the average's beta; None keeps no average.
+    """
+
+    def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = rng.stream(state.seed, "train", state.step)
+        method_state, metrics = method.step(state.method, frozen, batch, key, state.step)
+        ema_params = state.ema_params
+        if decay is not None:
+            ema_params = ema.update(ema_params, method_state.params, decay(state.step))
+        return TrainState(state.step + 1, state.seed, method_state, ema_params), metrics
+
+    return step
