@@ -1,0 +1,1 @@
+"""Networks: Flax NNX modules that hold parameters and nothing else."""

@@ -1,0 +1,380 @@
+"""The U-Nets of EDM (Karras 2022, appendix F): DDPM++ and NCSN++ of Song 2021, ADM of Dhariwal & Nichol 2021.
+
+Raw networks F of (x, noise label, conditions), images (B, H, W, C). Blocks have the names of the
+released PyTorch code ("enc/16x16_block0/conv0"), so its weights map by name, see `weights.edm`.
+
+    DDPM++  SongUNet(embedding="positional", encoder="standard", taps=(1, 1))
+    NCSN++  SongUNet(embedding="fourier", encoder="residual", taps=(1, 3, 3, 1), noise_channels_mult=2)
+    ADM     DhariwalUNet
+
+Conditions: label (int, num_classes = null), augment (B, 9), and with `step_condition` the N of an
+SFD-v student (Zhou 2024): a second embedding, and a second projection of it in every block.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from diffjax.core.types import Array, Cond, Key
+from diffjax.nn import attention, embeddings
+from diffjax.nn.layers import Conv, GroupNorm, Init, Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockStyle:
+    """What the blocks of one network have in common."""
+
+    embedding: int  # width of the condition vector
+    eps: float
+    skip_scale: float
+    adaptive_scale: bool  # the condition scales and shifts (ADM) or is added (DDPM++)
+    project_resampled: bool  # 1x1 convolution on resampled skips even where the width stays
+    head_channels: int | None  # None: one head
+    init: Init
+    init_zero: Init
+    init_attention: Init
+    taps: tuple[float, ...] = (1, 1)
+    dropout: float = 0.0
+    step_condition: bool = False
+    zero_init_step: bool = False
+    dtype: Any = None
+
+
+class UNetBlock(nnx.Module):
+    """Residual block with optional resampling and self-attention. Karras 2022, table 6 and figure 8."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        style: BlockStyle,
+        up: bool = False,
+        down: bool = False,
+        attend: bool = False,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.inputs, self.outputs, self.style = inputs, outputs, style
+        options = dict(init=style.init, dtype=style.dtype, rngs=rngs)
+        resample = dict(up=up, down=down, taps=style.taps)
+        width = outputs * (2 if style.adaptive_scale else 1)
+        self.norm0 = GroupNorm(inputs, style.eps, rngs=rngs)
+        self.conv0 = Conv(inputs, outputs, 3, **resample, **options)
+        self.affine = Linear(style.embedding, width, **options)
+        if style.step_condition:
+            step_init = Init(weight=0.0) if style.zero_init_step else style.init
+            self.affine_step = Linear(style.embedding, width, **{**options, "init": step_init})
+        self.norm1 = GroupNorm(outputs, style.eps, rngs=rngs)
+        self.conv1 = Conv(outputs, outputs, 3, **{**options, "init": style.init_zero})
+        if inputs != outputs or up or down:
+            project = inputs != outputs or style.project_resampled
+            self.skip = Conv(inputs, outputs, 1 if project else 0, **resample, **options)
+        else:
+            self.skip = None
+        self.heads = 0 if not attend else 1 if style.head_channels is None else outputs // style.head_channels
+        if self.heads:
+            self.norm2 = GroupNorm(outputs, style.eps, rngs=rngs)
+            self.qkv = Conv(outputs, 3 * outputs, 1, **{**options, "init": style.init_attention})
+            self.proj = Conv(outputs, outputs, 1, **{**options, "init": style.init_zero})
+
+    def __call__(self, x: Array, embedding: Array, step_embedding: Array | None, key: Key | None) -> Array:
+        h = self.conv0(jax.nn.silu(self.norm0(x)))
+        h = dropout(self._condition(h, embedding, step_embedding), self.style.dropout, key)
+        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        return (self._attend(x) + x) * self.style.skip_scale if self.heads else x
+
+    def _condition(self, h: Array, embedding: Array, step_embedding: Array | None) -> Array:
+        shift = self.affine(embedding)[:, None, None, :].astype(h.dtype)
+        step = None if step_embedding is None else self.affine_step(step_embedding)[:, None, None, :].astype(h.dtype)
+        if not self.style.adaptive_scale:
+            return jax.nn.silu(self.norm1(h + shift if step is None else h + shift + step))
+        h = self.norm1(h)
+        for both in (shift, step):
+            if both is not None:
+                scale, offset = jnp.split(both, 2, axis=-1)
+                h = h * (1 + scale) + offset
+        return jax.nn.silu(h)
+
+    def _attend(self, x: Array) -> Array:
+        b, height, width, c = x.shape
+        # channels of qkv are ordered (head, channel, {q, k, v})
+        qkv = self.qkv(self.norm2(x)).reshape(b, height * width, self.heads, c // self.heads, 3)
+        q, k, v = (qkv[..., i] for i in range(3))
+        return self.proj(attention.attend(q, k, v).reshape(b, height, width, c))
+
+
+class SongUNet(nnx.Module):
+    """DDPM++ and NCSN++: x (B, R, R, in_channels), noise_label (B,) -> (B, R, R, out_channels). Song 2021, appendix H.
+
+    Raises ValueError for an encoder or embedding it does not have, and for images of another size.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        num_blocks: int = 4,
+        attention_sizes: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        embedding: str = "positional",
+        encoder: str = "standard",
+        taps: Sequence[float] = (1, 1),
+        noise_channels_mult: int = 1,
+        step_condition: bool = False,
+        zero_init_step: bool = False,
+        dtype: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        if embedding not in ("positional", "fourier") or encoder not in ("standard", "residual"):
+            raise ValueError(
+                f"found embedding={embedding!r}, encoder={encoder!r}; expected positional or fourier, standard or residual"
+            )
+        self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
+        self.noise_channels, self.channels, self.step_condition = channels * noise_channels_mult, channels, step_condition
+        init, width = Init("xavier_uniform"), 4 * channels
+        style = BlockStyle(
+            embedding=width, eps=1e-6, skip_scale=math.sqrt(0.5), adaptive_scale=False, project_resampled=True,
+            head_channels=None, init=init, init_zero=Init("xavier_uniform", 1e-5),
+            init_attention=Init("xavier_uniform", math.sqrt(0.2)), taps=tuple(taps), dropout=dropout,
+            step_condition=step_condition, zero_init_step=zero_init_step, dtype=dtype,
+        )  # fmt: skip
+        self.map_noise = embeddings.Fourier(self.noise_channels, rngs=rngs) if embedding == "fourier" else None
+        if num_classes:
+            self.map_label = Linear(num_classes, self.noise_channels, init=init, rngs=rngs)
+        if augment_dim:
+            self.map_augment = Linear(augment_dim, self.noise_channels, bias=False, init=init, rngs=rngs)
+        self.map_layer0 = Linear(self.noise_channels, width, init=init, rngs=rngs)
+        self.map_layer1 = Linear(width, width, init=init, rngs=rngs)
+        if step_condition:
+            self.map_step_layer0 = Linear(self.noise_channels, width, init=init, rngs=rngs)
+            self.map_step_layer1 = Linear(width, width, init=init, rngs=rngs)
+        self._build(style, out_channels, tuple(channel_mult), num_blocks, attention_sizes, encoder, rngs)
+
+    def _build(self, style, out_channels, channel_mult, num_blocks, attention_sizes, encoder, rngs) -> None:
+        options = dict(init=style.init, dtype=style.dtype, rngs=rngs)
+        enc, skips, width, aux = {}, [], self.channels, self.in_channels
+        for level, mult in enumerate(channel_mult):
+            size = self.image_size >> level
+            if level == 0:
+                enc[f"{size}x{size}_conv"] = Conv(self.in_channels, width, 3, **options)
+            else:
+                enc[f"{size}x{size}_down"] = UNetBlock(width, width, style, down=True, rngs=rngs)
+                if encoder == "residual":
+                    name = f"{size}x{size}_aux_residual"
+                    enc[name] = Conv(aux, width, 3, down=True, taps=style.taps, fused=True, **options)
+                    aux = width
+            skips.append(width)
+            for index in range(num_blocks):
+                outputs = self.channels * mult
+                attend = size in attention_sizes
+                enc[f"{size}x{size}_block{index}"] = UNetBlock(width, outputs, style, attend=attend, rngs=rngs)
+                width = outputs
+                skips.append(width)
+        dec, width = _decoder(self, style, channel_mult, num_blocks, attention_sizes, width, skips, rngs, last_only=True)
+        size = self.image_size
+        dec[f"{size}x{size}_aux_norm"] = GroupNorm(width, 1e-6, rngs=rngs)
+        dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, **{**options, "init": style.init_zero})
+        # merging sorts a dict, so the order is kept apart
+        self.enc_names, self.dec_names = tuple(enc), tuple(dec)
+        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+
+    def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
+        cond = cond or {}
+        _check_input(self, x, cond)
+        embedding = self._embed(noise_label, cond)
+        step_embedding = _embed_step(self, cond, embedding, swap=True, channels=self.noise_channels)
+        skips, aux, keys = [], x, _Keys(key)
+        for name in self.enc_names:
+            block = self.enc[name]
+            if name.endswith("aux_residual"):
+                x = aux = skips[-1] = (x + block(aux)) * math.sqrt(0.5)
+                continue
+            x = block(x, embedding, step_embedding, keys.next()) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
+        x = _decode(self, x, skips, embedding, step_embedding, keys)
+        size = self.image_size
+        return self.dec[f"{size}x{size}_aux_conv"](jax.nn.silu(self.dec[f"{size}x{size}_aux_norm"](x)))
+
+    def _embed(self, noise_label: Array, cond: Cond) -> Array:
+        if self.map_noise is None:
+            embedding = embeddings.positional(noise_label, self.noise_channels, endpoint=True)
+        else:
+            embedding = self.map_noise(noise_label)
+        embedding = embeddings.swap_halves(embedding)
+        if self.num_classes and cond.get("label") is not None:
+            # one-hot vectors of unit variance per entry
+            embedding = embedding + self.map_label(_one_hot(self, cond, embedding) * math.sqrt(self.num_classes))
+        elif self.num_classes:
+            embedding = embedding + self.map_label(_one_hot(self, cond, embedding))
+        if cond.get("augment") is not None:
+            embedding = embedding + self.map_augment(cond["augment"])
+        return jax.nn.silu(self.map_layer1(jax.nn.silu(self.map_layer0(embedding))))
+
+
+class DhariwalUNet(nnx.Module):
+    """ADM: x (B, R, R, in_channels), noise_label (B,) -> (B, R, R, out_channels). Dhariwal & Nichol 2021, section 3."""
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int,
+        out_channels: int,
+        num_classes: int = 0,
+        augment_dim: int = 0,
+        channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        num_blocks: int = 3,
+        attention_sizes: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.1,
+        step_condition: bool = False,
+        zero_init_step: bool = False,
+        dtype: Any = None,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
+        self.channels, self.step_condition = channels, step_condition
+        width = 4 * channels
+        init, zero = Init("kaiming_uniform", math.sqrt(1 / 3), math.sqrt(1 / 3)), Init(weight=0.0)
+        style = BlockStyle(
+            embedding=width, eps=1e-5, skip_scale=1.0, adaptive_scale=True, project_resampled=False, head_channels=64,
+            init=init, init_zero=zero, init_attention=init, dropout=dropout, step_condition=step_condition,
+            zero_init_step=zero_init_step, dtype=dtype,
+        )  # fmt: skip
+        if augment_dim:
+            self.map_augment = Linear(augment_dim, channels, bias=False, init=zero, rngs=rngs)
+        self.map_layer0 = Linear(channels, width, init=init, rngs=rngs)
+        self.map_layer1 = Linear(width, width, init=init, rngs=rngs)
+        if num_classes:
+            label_init = Init("kaiming_normal", math.sqrt(num_classes))
+            self.map_label = Linear(num_classes, width, bias=False, init=label_init, rngs=rngs)
+        if step_condition:
+            self.map_step_layer0 = Linear(channels, width, init=init, rngs=rngs)
+            self.map_step_layer1 = Linear(width, width, init=init, rngs=rngs)
+        enc, skips, width = {}, [], self.channels * channel_mult[0]
+        for level, mult in enumerate(channel_mult):
+            size = image_size >> level
+            if level == 0:
+                enc[f"{size}x{size}_conv"] = Conv(in_channels, width, 3, init=init, dtype=dtype, rngs=rngs)
+            else:
+                enc[f"{size}x{size}_down"] = UNetBlock(width, width, style, down=True, rngs=rngs)
+            skips.append(width)
+            for index in range(num_blocks):
+                attend = size in attention_sizes
+                enc[f"{size}x{size}_block{index}"] = UNetBlock(width, channels * mult, style, attend=attend, rngs=rngs)
+                width = channels * mult
+                skips.append(width)
+        dec, width = _decoder(
+            self, style, tuple(channel_mult), num_blocks, attention_sizes, width, skips, rngs, last_only=False
+        )
+        # merging sorts a dict, so the order is kept apart
+        self.enc_names, self.dec_names = tuple(enc), tuple(dec)
+        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+        self.out_norm = GroupNorm(width, 1e-5, rngs=rngs)
+        self.out_conv = Conv(width, out_channels, 3, init=zero, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
+        cond = cond or {}
+        _check_input(self, x, cond)
+        embedding = embeddings.positional(noise_label, self.channels)
+        if cond.get("augment") is not None:
+            embedding = embedding + self.map_augment(cond["augment"])
+        embedding = self.map_layer1(jax.nn.silu(self.map_layer0(embedding)))
+        if self.num_classes:
+            embedding = embedding + self.map_label(_one_hot(self, cond, embedding))
+        embedding = jax.nn.silu(embedding)
+        step_embedding = _embed_step(self, cond, embedding, swap=False, channels=self.channels)
+        skips, keys = [], _Keys(key)
+        for name in self.enc_names:
+            block = self.enc[name]
+            x = block(x, embedding, step_embedding, keys.next()) if isinstance(block, UNetBlock) else block(x)
+            skips.append(x)
+        x = _decode(self, x, skips, embedding, step_embedding, keys)
+        return self.out_conv(jax.nn.silu(self.out_norm(x)))
+
+
+class _Keys:
+    """One dropout key a block, or None for all."""
+
+    def __init__(self, key: Key | None):
+        self.key, self.index = key, 0
+
+    def next(self) -> Key | None:
+        self.index += 1
+        return None if self.key is None else jax.random.fold_in(self.key, self.index)
+
+
+def dropout(x: Array, probability: float, key: Key | None) -> Array:
+    """Inverted dropout; none without a key. Srivastava 2014."""
+    if key is None or probability == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - probability, x.shape)
+    return jnp.where(keep, x / (1 - probability), 0)
+
+
+def _decoder(
+    net, style, channel_mult, num_blocks, attention_sizes, width, skips, rngs, last_only: bool
+) -> tuple[dict[str, nnx.Module], int]:
+    """Blocks from the lowest resolution up, and the final width; consumes `skips`."""
+    dec, skips = {}, list(skips)
+    for level, mult in reversed(list(enumerate(channel_mult))):
+        size = net.image_size >> level
+        if level == len(channel_mult) - 1:
+            dec[f"{size}x{size}_in0"] = UNetBlock(width, width, style, attend=True, rngs=rngs)
+            dec[f"{size}x{size}_in1"] = UNetBlock(width, width, style, rngs=rngs)
+        else:
+            dec[f"{size}x{size}_up"] = UNetBlock(width, width, style, up=True, rngs=rngs)
+        for index in range(num_blocks + 1):
+            # Song attends once a level, ADM in every block
+            attend = size in attention_sizes and (index == num_blocks or not last_only)
+            inputs, width = width + skips.pop(), net.channels * mult
+            dec[f"{size}x{size}_block{index}"] = UNetBlock(inputs, width, style, attend=attend, rngs=rngs)
+    return dec, width
+
+
+def _decode(net, x: Array, skips: list[Array], embedding: Array, step_embedding: Array | None, keys: _Keys) -> Array:
+    for name in net.dec_names:
+        block = net.dec[name]
+        if isinstance(block, UNetBlock):
+            if x.shape[-1] != block.inputs:
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+            x = block(x, embedding, step_embedding, keys.next())
+    return x
+
+
+def _embed_step(net, cond: Cond, embedding: Array, swap: bool, channels: int) -> Array | None:
+    """The embedding (B, width) of SFD-v's N, None where it is not given. Zhou 2024, released code."""
+    steps = cond.get("num_steps")
+    if steps is None:
+        return None
+    raw = embeddings.positional(jnp.asarray(steps, embedding.dtype).reshape(1), channels, endpoint=swap)
+    raw = embeddings.swap_halves(raw) if swap else raw
+    out = jax.nn.silu(net.map_step_layer1(jax.nn.silu(net.map_step_layer0(raw))))
+    return jnp.broadcast_to(out, (embedding.shape[0], out.shape[-1]))
+
+
+def _one_hot(net, cond: Cond, like: Array) -> Array:
+    """(B, num_classes); the null class, also where no label is given, is the zero vector."""
+    label = cond.get("label")
+    if label is None:
+        return jnp.zeros((like.shape[0], net.num_classes), like.dtype)
+    return jax.nn.one_hot(label, net.num_classes, dtype=like.dtype)
+
+
+def _check_input(net, x: Array, cond: Cond) -> None:
+    expected = (net.image_size, net.image_size, net.in_channels)
+    if x.shape[1:] != expected:
+        raise ValueError(f"found images of shape {x.shape[1:]}, expected {expected}")
+    if cond.get("num_steps") is not None and not net.step_condition:
+        raise ValueError("cond['num_steps'] is given and this network has no step condition: set model.step_condition")
