@@ -1,19 +1,20 @@
 """Training draws of the noise level, as functions of given unit randomness.
 
-Each takes the random numbers themselves (`normal` or `uniform`, shape (B,)), so that a draw can be
-compared with other code number by number; `draw` makes them from a key. All return sigma (B,).
+Each takes the random numbers themselves (`normal`, or `uniform` in [0, 1), any shape), so that a draw can be
+compared with other code number by number; `draw` makes them from a key. All return sigma of that shape.
 
     lognormal   log sigma ~ N(p_mean, p_std^2)                         Karras 2022, table 1
-    vp          t uniform in [eps, 1], sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1
-    ve          log sigma uniform
+    vp          t of the VP process uniform in (epsilon_t, 1]              Karras 2022, table 1
+    ve          log sigma uniform                                          Karras 2022, table 1
     logit_normal, uniform_flow   t of the straight flow, sigma = t / (1 - t)    Esser 2024, section 3.1
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 
+from diffjax.core import names, schedules
 from diffjax.core.types import Array, Key
 
 
@@ -24,13 +25,12 @@ def lognormal(normal: Array, p_mean: float = -1.2, p_std: float = 1.2) -> Array:
 
 def vp(uniform: Array, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5) -> Array:
     """sigma of the VP process with linear beta at t = 1 + u (epsilon_t - 1)."""
-    t = 1 + uniform * (epsilon_t - 1)
-    return jnp.sqrt(jnp.expm1(beta_d * t**2 / 2 + beta_min * t))
+    return schedules.VP(beta_d, beta_min).level(1 + uniform * (epsilon_t - 1))
 
 
 def ve(uniform: Array, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Array:
     """sigma = sigma_min (sigma_max / sigma_min)^u."""
-    return sigma_min * (sigma_max / sigma_min) ** uniform
+    return schedules.VE(sigma_min, sigma_max).level(uniform)
 
 
 def logit_normal(normal: Array, mean: float = 0.0, std: float = 1.0) -> Array:
@@ -40,8 +40,7 @@ def logit_normal(normal: Array, mean: float = 0.0, std: float = 1.0) -> Array:
 
 def uniform_flow(uniform: Array, epsilon: float = 1e-4) -> Array:
     """t uniform in [epsilon, 1 - epsilon]: sigma is unbounded at t = 1."""
-    t = epsilon + uniform * (1 - 2 * epsilon)
-    return t / (1 - t)
+    return schedules.Flow().level(epsilon + uniform * (1 - 2 * epsilon))
 
 
 # name -> (draw from unit randomness, that randomness)
@@ -55,8 +54,13 @@ DISTRIBUTIONS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
 
 
 def draw(key: Key, num: int, name: str, **options: float) -> Array:
-    """`num` levels of the distribution `name`, float32 (num,)."""
-    if name not in DISTRIBUTIONS:
-        raise ValueError(f"unknown noise distribution {name!r}, expected one of {sorted(DISTRIBUTIONS)}")
+    """`num` levels of the distribution `name`, float32 (num,). Raises ValueError as `check`."""
+    check(name, options)
     levels, randomness = DISTRIBUTIONS[name]
     return levels(randomness(key, (num,), jnp.float32), **options)
+
+
+def check(name: str, options: Mapping[str, float]) -> None:
+    """Raise ValueError for a distribution or an option that does not exist, with the nearest that does."""
+    levels, _ = names.lookup(DISTRIBUTIONS, name, "noise distribution")
+    names.check_options(levels, options, f"noise distribution {name!r}")

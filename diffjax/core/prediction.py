@@ -7,12 +7,15 @@ A process mixes clean data and unit noise, xt = alpha x0 + sigma_t eps (1). Netw
     "v"         alpha eps - sigma_t x0                             Salimans & Ho 2022, section 4
     "score"     grad log p(xt) = -eps / sigma_t                    Song 2021
     "velocity"  dx/dt of the straight flow, eps - x0               Lipman 2023, Liu 2023
+    "edm"       F of (2) with Karras 2022's c_skip and c_out, which depend on sigma_data
 
 and each is linear in the others given xt. In sigma space x = xt / alpha = x0 + sigma eps, sigma =
 sigma_t / alpha, the same network is a denoiser D(x, sigma) = E[x0 | x], whatever the schedule it
 was trained under. Preconditioned networks (Karras 2022, table 1) read
 
     D = c_skip x + c_out F(c_in x, c_noise)                                                        (2)
+
+All arithmetic outside the network is in the type of x, float32 or float64.
 
 >>> import jax.numpy as jnp
 >>> round(float(to_x0("eps", jnp.float32(1.0), jnp.float32(2.0), 0.8, 0.6)), 4)
@@ -23,16 +26,20 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from diffjax.core import names, schedules
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Cond, Denoiser, Key, Network, Params
 
-KINDS = ("eps", "x0", "v", "score", "velocity")
+KINDS = ("eps", "x0", "v", "score", "velocity", "edm")
 
 
-def to_x0(kind: str, prediction: Array, xt: Array, alpha: Array | float, sigma: Array | float) -> Array:
+def to_x0(
+    kind: str, prediction: Array, xt: Array, alpha: Array | float, sigma: Array | float, sigma_data: float = 0.5
+) -> Array:
     """x0 from a prediction of `kind` at xt (1); alpha and sigma scalar or shaped to combine with xt.
 
-    Undefined where the prediction says nothing of x0: eps and score at alpha = 0.
+    Undefined where the prediction says nothing of x0: eps and score at alpha = 0. `sigma_data` is for "edm" only.
+    Raises ValueError for an unknown kind.
     """
     _check_kind(kind)
     if kind == "x0":
@@ -43,10 +50,15 @@ def to_x0(kind: str, prediction: Array, xt: Array, alpha: Array | float, sigma: 
         return (xt + sigma**2 * prediction) / alpha
     if kind == "v":
         return (alpha * xt - sigma * prediction) / (alpha**2 + sigma**2)
-    return (xt - sigma * prediction) / (alpha + sigma)
+    if kind == "velocity":
+        return (xt - sigma * prediction) / (alpha + sigma)
+    total = sigma**2 + (alpha * sigma_data) ** 2  # (2) at x = xt / alpha, sigma / alpha, multiplied out
+    return sigma_data**2 * alpha / total * xt + sigma_data * sigma / total**0.5 * prediction
 
 
-def from_x0(kind: str, x0: Array, xt: Array, alpha: Array | float, sigma: Array | float) -> Array:
+def from_x0(
+    kind: str, x0: Array, xt: Array, alpha: Array | float, sigma: Array | float, sigma_data: float = 0.5
+) -> Array:
     """The prediction of `kind` that means `x0` at xt (1), the inverse of `to_x0`; undefined at sigma = 0 but for x0."""
     _check_kind(kind)
     if kind == "x0":
@@ -56,12 +68,26 @@ def from_x0(kind: str, x0: Array, xt: Array, alpha: Array | float, sigma: Array 
         return eps
     if kind == "score":
         return -eps / sigma
-    return alpha * eps - sigma * x0 if kind == "v" else eps - x0
+    if kind == "v":
+        return alpha * eps - sigma * x0
+    if kind == "velocity":
+        return eps - x0
+    total = sigma**2 + (alpha * sigma_data) ** 2
+    return (x0 - sigma_data**2 * alpha / total * xt) * total**0.5 / (sigma_data * sigma)
 
 
-def convert(source: str, target: str, prediction: Array, xt: Array, alpha: Array | float, sigma: Array | float) -> Array:
-    """A prediction of kind `source` as one of kind `target`."""
-    return from_x0(target, to_x0(source, prediction, xt, alpha, sigma), xt, alpha, sigma)
+def convert(
+    source: str,
+    target: str,
+    prediction: Array,
+    xt: Array,
+    alpha: Array | float,
+    sigma: Array | float,
+    sigma_data: float = 0.5,
+) -> Array:
+    """A prediction of kind `source` as one of kind `target`; arguments as `to_x0`."""
+    x0 = to_x0(source, prediction, xt, alpha, sigma, sigma_data)
+    return from_x0(target, x0, xt, alpha, sigma, sigma_data)
 
 
 def edm_denoiser(network: Network, sigma_data: float = 0.5) -> Denoiser:
@@ -79,8 +105,7 @@ def vp_denoiser(network: Network, beta_d: float = 19.9, beta_min: float = 0.1, n
     """(2) for networks of the VP process with linear beta: c_noise = (M-1) t(sigma). Karras 2022, table 1."""
 
     def coefficients(sigma: Array) -> tuple[Array, ...]:
-        # the time of sigma^2 = exp(beta_d t^2 / 2 + beta_min t) - 1
-        time = (jnp.sqrt(beta_min**2 + 2 * beta_d * jnp.log1p(sigma**2)) - beta_min) / beta_d
+        time = schedules.VP(beta_d, beta_min).time(sigma)
         return jnp.ones_like(sigma), -sigma, 1 / jnp.sqrt(sigma**2 + 1), (num_levels - 1) * time
 
     return _preconditioned(network, coefficients)
@@ -100,9 +125,11 @@ def process_denoiser(network: Network, kind: str, process: Callable[[Array], tup
     """The denoiser of a network that predicts `kind` under its own process.
 
     process: sigma (B,) -> (alpha (B,), sigma_t (B,), noise label (B,)) with sigma_t / alpha = sigma, as
-    `schedules` has them (`vp_process`, `flow_process`, `discrete_process`).
+    `schedules.process` makes it. For "edm" see `edm_denoiser`. Raises ValueError for an unknown kind.
     """
     _check_kind(kind)
+    if kind == "edm":
+        raise ValueError("a network that predicts EDM's F has its own process: use edm_denoiser(network, sigma_data)")
 
     def denoise(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
         alpha, sigma_t, noise_label = process(_levels(sigma, x))
@@ -111,6 +138,24 @@ def process_denoiser(network: Network, kind: str, process: Callable[[Array], tup
         return to_x0(kind, network(params, xt, noise_label, cond, key).astype(x.dtype), xt, alpha, sigma_t)
 
     return denoise
+
+
+def eps_denoiser(network: Network, schedule: schedules.Discrete) -> Denoiser:
+    """Noise prediction on a trained table: D = x - sigma F(x / sqrt(1 + sigma^2), T tau(sigma) - 1).
+
+    LDM and Stable Diffusion (Rombach 2022); between and outside the trained levels see `schedules.Discrete`.
+    """
+    return process_denoiser(network, "eps", schedules.process(schedule, schedule.label))
+
+
+def v_denoiser(network: Network, schedule: schedules.Discrete) -> Denoiser:
+    """v-prediction on a trained table. Salimans & Ho 2022; Stable Diffusion 2 and later video models."""
+    return process_denoiser(network, "v", schedules.process(schedule, schedule.label))
+
+
+def velocity_denoiser(network: Network, label_scale: float = 1.0) -> Denoiser:
+    """Velocity prediction of the straight flow; noise label label_scale u, u in [0, 1]. Lipman 2023, Esser 2024."""
+    return process_denoiser(network, "velocity", schedules.process(schedules.Flow(), lambda u: label_scale * u))
 
 
 def _preconditioned(network: Network, coefficients: Callable[[Array], tuple[Array, ...]]) -> Denoiser:
@@ -133,4 +178,4 @@ def _levels(sigma: Array, x: Array) -> Array:
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
-        raise ValueError(f"unknown prediction {kind!r}, expected one of {KINDS}")
+        raise ValueError(f"unknown prediction {kind!r}; {names.nearest(kind, KINDS)}")

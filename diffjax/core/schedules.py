@@ -60,7 +60,7 @@ def logsnr(schedule: Schedule, u: Array) -> Array:
 def process(
     schedule: Schedule, label: Callable[[Array], Array] = lambda u: u
 ) -> Callable[[Array], tuple[Array, Array, Array]]:
-    """sigma -> (alpha, sigma_t, noise label), for `prediction.process_denoiser`; `label` makes the label of the time."""
+    """sigma -> (alpha, sigma_t, noise label), for `prediction.process_denoiser`; `label` is a function of the time."""
 
     def at(sigma: Array) -> tuple[Array, Array, Array]:
         alpha = schedule.scale(sigma)

@@ -17,8 +17,14 @@ _SHOWN = 20  # differences in one message; a wrong architecture has thousands
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """Path -> leaf, in JAX's order of leaves."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """Path -> leaf, in JAX's order of leaves. Raises ValueError where two leaves would share a path."""
+    flat: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = _name(path)
+        if name in flat:
+            raise ValueError(f"two leaves have the path {name!r}: use keys without '/' that differ as text")
+        flat[name] = leaf
+    return flat
 
 
 def paths(tree: Any) -> list[str]:
@@ -43,12 +49,16 @@ def compare(expected: Any, found: Any) -> list[str]:
 
 
 def check(expected: Any, found: Any, what: str) -> None:
-    """Raise ValueError naming every path in which `found` differs from `expected` (see `compare`)."""
+    """Raise ValueError naming the paths in which `found` differs from `expected` (see `compare`), the first 20.
+
+    `what` begins the message: "the checkpoint runs/demo/checkpoints/200".
+    """
     lines = compare(expected, found)
     if lines:
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         listing = "\n  ".join(lines[:_SHOWN])
-        raise ValueError(f"{what} does not fit, {len(lines)} differences:\n  {listing}{more}")
+        number = "1 difference" if len(lines) == 1 else f"{len(lines)} differences"
+        raise ValueError(f"{what} does not fit, {number}:\n  {listing}{more}")
 
 
 def lerp(a: Any, b: Any, t: Array | float) -> Any:
@@ -58,7 +68,10 @@ def lerp(a: Any, b: Any, t: Array | float) -> Any:
 
 def first_nonfinite(tree: Any) -> Array:
     """Index (order of `paths`) of the first leaf that holds a NaN or an infinity, int32; -1 where none does."""
-    bad = jnp.stack([jnp.any(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    leaves = jax.tree.leaves(tree)
+    if not leaves:
+        return jnp.int32(-1)
+    bad = jnp.stack([jnp.any(~jnp.isfinite(leaf)) for leaf in leaves])
     return jnp.where(jnp.any(bad), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
@@ -67,5 +80,8 @@ def _name(path: tuple) -> str:
 
 
 def _describe(leaf: Any) -> str:
+    if not hasattr(leaf, "shape"):
+        return f"{leaf!r}, which is no array"
     shape = ",".join(map(str, leaf.shape))
-    return f"{np.dtype(leaf.dtype).name if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else leaf.dtype}[{shape}]"
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return f"{leaf.dtype if is_key else np.dtype(leaf.dtype).name}[{shape}]"

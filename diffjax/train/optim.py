@@ -4,12 +4,12 @@ The two are apart: an optimiser here is an optax transformation without a learni
 is a function of the iteration, so that a method may make several updates in one iteration.
 """
 
-import difflib
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import optax
 
+from diffjax.core import names
 from diffjax.core.types import Array
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -26,9 +26,13 @@ def make_optimizer(
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
     """"adam", "adamw" (decoupled decay, Loshchilov & Hutter 2019) or "sgd" (momentum), after clipping the
-    global gradient norm to `clip_norm` (0 = off). Raises ValueError for an unknown name."""
+    global gradient norm to `clip_norm` (0 = off). Its updates are to be subtracted after multiplication with the
+    learning rate. Raises ValueError for an unknown name, a negative clip_norm, or a decay that would have no effect.
+    """
     if name not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {name!r}, expected one of {OPTIMIZERS}{_nearest(name, OPTIMIZERS)}")
+        raise ValueError(f"unknown optimizer {name!r}; {names.nearest(name, OPTIMIZERS)}")
+    if clip_norm < 0:
+        raise ValueError(f"clip_norm must be positive, or 0 for no clipping, found {clip_norm}")
     if weight_decay and name != "adamw":
         raise ValueError(f"weight_decay={weight_decay} needs optim.name='adamw', found {name!r}")
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
@@ -45,15 +49,17 @@ def make_learning_rate(
     schedule: str = "constant",
     warmup_images: int = 0,
 ) -> Callable[[Array], Array]:
-    """iteration -> float32 rate: linear warm-up over `warmup_images`, then "constant", "cosine" to zero at
-    `total_images`, or "half_drop" to a tenth after half of them. Raises ValueError for values out of range."""
+    """iteration (from 0) -> float32 rate: linear warm-up from 0 over `warmup_images` (0 = off) times "constant",
+    "cosine" to zero at `total_images`, or "half_drop", a tenth from iteration j with (j-1) batch_size >=
+    total_images / 2 on (Zhou 2024, as released). Raises ValueError for an unknown schedule or values out of range.
+    """
     if not (learning_rate > 0 and batch_size > 0 and total_images > 0 and warmup_images >= 0):
         raise ValueError(
             "learning_rate, batch_size and total_images must be positive and warmup_images not negative, found "
             f"{learning_rate}, {batch_size}, {total_images}, {warmup_images}"
         )
     if schedule not in SCHEDULES:
-        raise ValueError(f"unknown schedule {schedule!r}, expected one of {SCHEDULES}{_nearest(schedule, SCHEDULES)}")
+        raise ValueError(f"unknown schedule {schedule!r}; {names.nearest(schedule, SCHEDULES)}")
     # the published SFD loop tests before it counts: one iteration after half of the images
     drop_at = 1 + -(-total_images // (2 * batch_size))
 
@@ -67,8 +73,3 @@ def make_learning_rate(
         return jnp.float32(learning_rate) * factor
 
     return rate
-
-
-def _nearest(name: str, names: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(str(name), names, 1)
-    return f"; did you mean {close[0]!r}?" if close else ""

@@ -14,10 +14,12 @@ def make_train_step(
     """The step that `jax.jit(step, donate_argnums=0)` compiles once for a run.
 
     Its key is made of (seed, step), both in the state, so it repeats exactly after a restart. `decay`
-    (see `ema.make_decay`) maps the iteration to the average's beta; None keeps no average.
+    (see `ema.make_decay`) maps the iteration to the average's beta; None keeps no average. Raises ValueError, at
+    the first call, for a state that has an average where `decay` is None, or the reverse.
     """
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
+        _check_average(state, decay)
         key = rng.stream(state.seed, "train", state.step)
         method_state, metrics = method.step(state.method, frozen, batch, key, state.step)
         ema_params = state.ema_params
@@ -26,3 +28,11 @@ def make_train_step(
         return TrainState(state.step + 1, state.seed, method_state, ema_params), metrics
 
     return step
+
+
+def _check_average(state: TrainState, decay: Callable[[Array], Array] | None) -> None:
+    if bool(state.ema_params) != (decay is not None):
+        raise ValueError(
+            f"the state {'has an' if state.ema_params else 'has no'} average of the weights, the step "
+            f"{'none' if decay is None else 'one'}: use state.create(..., averaged=decay is not None)"
+        )
