@@ -26,7 +26,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from diffjax.core import trees
 from diffjax.core.types import Params
-from diffjax.runtime import configs, report
+from diffjax.runtime import configs, guards, report
 
 FOLDER = "checkpoints"
 UNREADABLE_FOLDER = "unreadable_checkpoints"
@@ -89,7 +89,7 @@ class Checkpoints:
 
         iterator: JSON position of the data iterator before the next batch. loop: JSON state of the loop.
         Raises CheckpointError when this or the previous write failed, ValueError for a state that
-        cannot be named by path or is not finite, TypeError for a position that is not JSON.
+        cannot be named by path, guards.NonFiniteError, TypeError for a position that is not JSON.
         """
         flat = _flatten(state)
         check_finite(step, flat)
@@ -145,10 +145,10 @@ class Checkpoints:
 
 
 def check_finite(step: int, flat: Mapping[str, Any]) -> None:
-    """Raises ValueError naming the first array that holds a NaN or an infinity: none is ever saved."""
+    """Raises guards.NonFiniteError naming the first array with a NaN or an infinity: none is ever saved."""
     leaf = int(_first_nonfinite(dict(flat)))
     if leaf >= 0:
-        raise ValueError(
+        raise guards.NonFiniteError(
             f"step {step}: {trees.paths(dict(flat))[leaf]} of the state is not finite, so it is not saved; the "
             "checkpoints before it stay. Lower config.optim.learning_rate or set config.optim.clip_norm"
         )

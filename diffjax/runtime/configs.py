@@ -11,9 +11,9 @@ from diffjax.runtime import report
 FILE_NAME = "config.json"
 ALLOW_KEY = "allow_config_change"
 
-# Keys (and sections) that change how long a run is, how it is watched, or what is done with its
-# weights, never a step of it. A schedule that ends at total_images follows the new value, so changes
-# here are printed too.
+# Keys (and sections) that change how long a run is, where, how it is watched, or what is done with its
+# weights. Their changes are printed too: a schedule that ends at total_images follows the new value,
+# and another number of devices adds up gradients in another order.
 FREE_KEYS = (
     ALLOW_KEY,
     "evaluate",
@@ -24,6 +24,7 @@ FREE_KEYS = (
     "train.keep_every_steps",
     "train.log_every_steps",
     "train.max_in_flight",
+    "train.num_devices",
     "train.sample_every_steps",
     "train.stall_minutes",
     "train.total_images",

@@ -89,7 +89,8 @@ class InFlight:
 class StopSignal:
     """Context that turns SIGTERM and SIGINT into `received`, read at the next step boundary.
 
-    The second signal acts as if this guard were absent, so that a hung run can be ended by hand.
+    A second SIGINT acts as if this guard were absent, so that a hung run can be ended by hand; further
+    SIGTERMs (schedulers repeat them) change nothing.
     Handlers exist in the main thread only: elsewhere entering raises RuntimeError.
     """
 
@@ -111,7 +112,8 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous.pop(number, signal.SIG_DFL))
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
