@@ -1,0 +1,1 @@
+"""Published weights as plain dicts of arrays."""
