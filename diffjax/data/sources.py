@@ -1,27 +1,40 @@
 """Random-access image sources: `len(source)` and `source[i] -> {"image": (H, W, C), "label": int32}`.
 
-Images are uint8 in 0..255, or float32 in [-1, 1]. A source is checked when it is made (first image,
-labels, size), so a wrong data set is reported before anything is compiled.
+Images are uint8 in 0..255, or float32 in [-1, 1]; `label` is there exactly where `num_classes` is not 0. A
+source is checked when it is made (sizes, labels, a selection of images decoded), so that a wrong data set
+is reported before anything is compiled; every image is checked again when it is read.
 
-    source = load("image_folder", DataShape(32, 3, 10), path="photos/")
+    source = load("digits", DataShape(image_size=8, channels=1, num_classes=10))
+    source[0]["image"].shape, source[0]["label"]      # (8, 8, 1), 0
 
-Kinds: digits, arrays (.npz), image_folder (or .zip), array_record, tfds. All but digits take a path
-or a data set name, and refuse sizes other than those configured unless `resize` is set.
+Kinds, and what they take besides the shape:
+    digits         scikit-learn's 1,797 handwritten digits, 8x8, 10 classes
+    arrays         path: .npz with image(s) (N, H, W, C) and label(s) (N,)
+    image_folder   path: folder or .zip, see `pictures`
+    array_record   path: file, or folder of *.array_record*, made by `write_array_record`
+    tfds           dataset, split, data_dir, download: tensorflow-datasets, without TensorFlow
+All but digits take resize=True: crop the centre and scale. Otherwise other sizes are errors.
 """
 
 import dataclasses
 import difflib
 import io
-import json
+import struct
 import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+from diffjax.data import pictures
+
+Item = dict[str, np.ndarray]
+_EARLY_READS = 256  # images decoded when a source is made, evenly spaced
+_LABEL = struct.Struct("<i")
+_NPY = b"\x93NUMPY"
 
 
 class Source(Protocol):
@@ -29,7 +42,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]: ...
+    def __getitem__(self, index: int) -> Item: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,62 +60,95 @@ class DataShape:
 
 
 def load(name: str, shape: DataShape, **options: Any) -> Source:
-    """The checked source `name`. Raises ValueError (unknown name, wrong size, dtype or label), FileNotFoundError."""
+    """The checked source `name`. Raises ValueError (unknown name, wrong size, dtype, range or label; empty or
+    unreadable data), FileNotFoundError (missing path or data set), ImportError (a package that is not installed)."""
     if name not in SOURCES:
-        close = difflib.get_close_matches(str(name), SOURCES, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"data.name: unknown data set {name!r}, expected one of {sorted(SOURCES)}{hint}")
+        raise ValueError(
+            f"data.name: unknown data set {name!r}, expected one of {sorted(SOURCES)}{_nearest(name, SOURCES)}; "
+            f"data sets of tensorflow-datasets are data.name = 'tfds', data.dataset = {name!r}"
+        )
     source = SOURCES[name](shape, **options)
     if len(source) == 0:
         raise ValueError(f"data set {name!r} with {options} holds no image")
-    _check(source[0], shape, f"the first image of {name!r}")
+    for index in np.unique(np.linspace(0, len(source) - 1, min(len(source), _EARLY_READS)).astype(int)):
+        source[int(index)]
     return source
+
+
+def read(source: Source, indices: Sequence[int]) -> Item:
+    """Those images as one batch {"image": (B, H, W, C), "label": int32 (B,)}."""
+    items = source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
+    return {key: np.stack([item[key] for item in items]) for key in items[0]}
 
 
 # Kinds of sources ----------------------------------------------------------------------------------------------
 
 
 class Arrays:
-    """Images (N, H, W, C) uint8 or float32 in [-1, 1], labels (N,) of integers or None."""
+    """Images (N, H, W, C) uint8 or float32 in [-1, 1], labels (N,) of integers or None; all checked at once."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray | None, shape: DataShape):
-        if images.ndim != 4 or (labels is not None and len(labels) != len(images)):
-            found = None if labels is None else labels.shape
+        if images.ndim != 4 or (labels is not None and np.shape(labels) != (len(images),)):
+            found = None if labels is None else np.shape(labels)
             raise ValueError(f"expected images (N, H, W, C) and labels (N,), found {images.shape} and {found}")
+        if len(images):
+            _check_image(images, (len(images), *shape.shape), "the array of images")
         if shape.num_classes and labels is None:
             raise ValueError("data.num_classes is set and the data has no labels: add them or set num_classes = 0")
-        if shape.num_classes and not (labels.min() >= 0 and labels.max() < shape.num_classes):
-            raise ValueError(f"labels must be 0..{shape.num_classes - 1}, found {labels.min()}..{labels.max()}")
-        self.images = images
-        self.labels = None if labels is None or not shape.num_classes else labels.astype(np.int32)
+        if shape.num_classes and len(images):
+            _check_labels(np.asarray(labels), shape.num_classes, "the array of labels")
+        self._images = images
+        self._labels = np.asarray(labels).astype(np.int32) if shape.num_classes else None
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self._images)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        label = {} if self.labels is None else {"label": self.labels[index]}
-        return {"image": self.images[index], **label}
+    def __getitem__(self, index: int) -> Item:
+        label = {} if self._labels is None else {"label": self._labels[index]}
+        return {"image": self._images[index], **label}
 
 
 class Records:
-    """Anything indexable that gives records, decoded and checked one by one."""
+    """Anything indexable that gives records; each is decoded, resized if asked, and checked when read.
 
-    def __init__(self, records: Sequence, decode: Callable[[Any, int], dict[str, np.ndarray]], shape: DataShape):
-        self.records, self.decode, self.shape = records, decode, shape
+    decode(record, name) -> {"image", "label"}; `what` and the index name an item in messages.
+    """
+
+    def __init__(
+        self, records: Sequence, decode: Callable[[Any, str], Item], shape: DataShape, resize: bool, what: str
+    ):
+        self._records, self._decode, self._shape, self._resize, self._what = records, decode, shape, resize, what
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self._records)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        item = self.decode(self.records[index], index)
-        if not self.shape.num_classes:
-            item.pop("label", None)
-        _check(item, self.shape, f"image {index}")
-        return item
+    def __getitem__(self, index: int) -> Item:
+        return self._item(self._records[index], index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Item]:
+        """Several at once: reading ArrayRecord one by one takes three times as long."""
+        many = getattr(self._records, "__getitems__", None)
+        records = many([int(i) for i in indices]) if many else [self._records[int(i)] for i in indices]
+        return [self._item(record, index) for record, index in zip(records, indices, strict=True)]
+
+    def _item(self, record: Any, index: int) -> Item:
+        name = self._records.name(index) if hasattr(self._records, "name") else f"image {index} of {self._what}"
+        item = self._decode(record, name)
+        image = item["image"]
+        if self._resize and image.ndim == 3:
+            _check_image(image, (*image.shape[:2], self._shape.channels), name)
+            image = pictures.crop_and_resize(image, self._shape.image_size)
+        _check_image(image, self._shape.shape, name)
+        if not self._shape.num_classes:
+            return {"image": image}
+        if "label" not in item:
+            raise ValueError(f"{name} has no label: add labels or set data.num_classes = 0")
+        label = np.asarray(item["label"])
+        _check_labels(label, self._shape.num_classes, name)
+        return {"image": image, "label": label.astype(np.int32)}
 
 
 def _digits(shape: DataShape) -> Source:
-    """scikit-learn's 1,797 digits, 8x8, 10 classes, float32."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -112,104 +158,169 @@ def _digits(shape: DataShape) -> Source:
     return Arrays((digits.images / 8 - 1).astype(np.float32)[..., None], digits.target, shape)
 
 
-def _arrays(shape: DataShape, path: str) -> Source:
-    """An .npz file with `image` (N, H, W, C) and optionally `label` (N,)."""
-    with np.load(_existing(path), allow_pickle=False) as file:
-        names = set(file.files)
-        if "image" not in names:
-            raise ValueError(f"{path} must hold an array 'image' (N, H, W, C), found {sorted(names)}")
-        return Arrays(file["image"], file["label"] if "label" in names else None, shape)
+def _arrays(shape: DataShape, path: str, resize: bool = False) -> Source:
+    file_path = _existing(path)
+    try:
+        with np.lib.npyio.NpzFile(file_path.open("rb"), own_fid=True, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is no readable .npz file ({error}): make it with numpy.savez") from error
+    images = arrays.get("images", arrays.get("image"))
+    labels = arrays.get("labels", arrays.get("label"))
+    if images is None:
+        raise ValueError(f"{path} must hold an array 'images' (N, H, W, C), found {sorted(arrays)}")
+    if resize and images.ndim == 4 and len(images):
+        _check_image(images, (*images.shape[:3], shape.channels), path)
+        images = np.stack([pictures.crop_and_resize(image, shape.image_size) for image in images])
+    return Arrays(images, labels, shape)
 
 
 def _image_folder(shape: DataShape, path: str, resize: bool = False) -> Source:
-    """Pictures of a folder or .zip; the class is the sub-folder (sorted), or the entry of dataset.json."""
-    root = _existing(path)
-    archive = zipfile.ZipFile(root) if root.is_file() else None
-    names = archive.namelist() if archive else [str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()]
-    pictures = sorted(name for name in names if name.lower().endswith(_SUFFIXES))
-    if not pictures:
-        raise ValueError(f"no picture in {path}: expected files that end in {', '.join(_SUFFIXES)}")
-    read = (lambda name: archive.read(name)) if archive else (lambda name: (root / name).read_bytes())
-    labels = _folder_labels(pictures, json.loads(read("dataset.json")) if "dataset.json" in names else None, shape)
-
-    def decode(name: str, index: int) -> dict[str, np.ndarray]:
-        image = _decode_picture(read(name), shape, resize, f"{path}/{name}")
-        return {"image": image, **({} if labels is None else {"label": labels[index]})}
-
-    return Records(pictures, decode, shape)
-
-
-def _folder_labels(pictures: list[str], table: dict | None, shape: DataShape) -> np.ndarray | None:
-    if not shape.num_classes:
-        return None
-    if table is not None and table.get("labels"):
-        by_name = dict(table["labels"])
-        missing = [name for name in pictures if name not in by_name]
-        if missing:
-            raise ValueError(f"dataset.json has no label for {missing[0]!r} and {len(missing) - 1} other pictures")
-        labels = np.array([by_name[name] for name in pictures], np.int32)
-    else:
-        folders = sorted({str(Path(name).parent) for name in pictures})
-        labels = np.array([folders.index(str(Path(name).parent)) for name in pictures], np.int32)
-    if labels.max() >= shape.num_classes or labels.min() < 0:
-        raise ValueError(f"found labels up to {labels.max()}, expected 0..{shape.num_classes - 1}: set data.num_classes")
-    return labels
+    size = 0 if resize else shape.image_size
+    files = pictures.PictureFiles(_existing(path), shape.channels, shape.num_classes, size)
+    return Records(files, _as_is, shape, resize, path)
 
 
 def _array_record(shape: DataShape, path: str, resize: bool = False) -> Source:
-    """ArrayRecord files (a file, or a folder of *.array_record*) of records made by `write_array_record`."""
-    from array_record.python import array_record_data_source
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     root = _existing(path)
     files = [root] if root.is_file() else sorted(root.glob("*.array_record*"))
+    for file in files:
+        try:
+            len(ArrayRecordDataSource([str(file)]))
+        except RuntimeError as error:
+            raise ValueError(f"{file} is no complete ArrayRecord file ({error}): write it again") from error
     if not files:
         raise ValueError(f"no *.array_record* file in {path}")
-    records = array_record_data_source.ArrayRecordDataSource([str(file) for file in files])
-
-    def decode(record: bytes, index: int) -> dict[str, np.ndarray]:
-        with np.load(io.BytesIO(record), allow_pickle=False) as file:
-            return {"image": file["image"], **({"label": np.int32(file["label"])} if "label" in file.files else {})}
-
-    return Records(records, decode, shape)
+    return Records(ArrayRecordDataSource([str(f) for f in files]), _decode_record, shape, resize, path)
 
 
-def _tfds(shape: DataShape, dataset: str, split: str = "train", data_dir: str = "", download: bool = False) -> Source:
-    """A tensorflow-datasets data set with features image and label, read without TensorFlow."""
-    import tensorflow_datasets as tfds
-
+def _tfds(
+    shape: DataShape,
+    dataset: str,
+    split: str = "train",
+    data_dir: str = "",
+    download: bool = False,
+    resize: bool = False,
+) -> Source:
     try:
-        records = tfds.data_source(dataset, split=split, data_dir=data_dir or None, download=download)
-    except (tfds.core.registered.DatasetNotFoundError, FileNotFoundError, AssertionError, ValueError) as error:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(f"{dataset!r} needs tensorflow-datasets; type: pip install tensorflow-datasets") from error
+    where = data_dir or "the default folder of tensorflow-datasets"
+    try:
+        builder = tfds.builder(dataset, data_dir=data_dir or None)
+    except tfds.core.registered.DatasetNotFoundError as error:
+        near = _nearest(dataset, tfds.list_builders(with_community_datasets=False))
+        raise ValueError(f"data.dataset: tensorflow-datasets has no {dataset!r}{near}") from error
+    if not builder.is_prepared() and not download:
         raise FileNotFoundError(
-            f"tensorflow-datasets found no prepared {dataset!r} (split {split!r}) in {data_dir or 'its default folder'}: "
-            "set data.data_dir, or data.download = True to prepare it as ArrayRecord"
-        ) from error
-    return Records(records, lambda r, _: {"image": r["image"], "label": np.int32(r.get("label", 0))}, shape)
+            f"{dataset!r} is not prepared in {where}: set data.data_dir to the folder that holds it, or "
+            "data.download = True to fetch it"
+        )
+    if builder.is_prepared():
+        _check_features(builder, shape, split, f"{dataset!r} in {where}")
+    records = tfds.data_source(dataset, split=split, data_dir=data_dir or None, download=download)
+    return Records(records, _image_and_label, shape, resize, f"{dataset!r}, split {split!r}")
+
+
+def _check_features(builder: Any, shape: DataShape, split: str, what: str) -> None:
+    features, file_format = builder.info.features, str(builder.info.file_format.value)
+    if file_format not in ("array_record", "parquet"):
+        raise ValueError(
+            f"{what} is stored as {file_format}, which has no random access: prepare it again with "
+            "builder.download_and_prepare(file_format='array_record')"
+        )
+    missing = [name for name in ("image", "label") if name not in features and (name == "image" or shape.num_classes)]
+    if missing:
+        raise ValueError(f"{what} has no feature {missing}, found {sorted(features)}")
+    classes = getattr(features["label"], "num_classes", None) if "label" in features else None
+    if shape.num_classes and classes is not None and classes != shape.num_classes:
+        raise ValueError(f"{what} has {classes} classes, found data.num_classes = {shape.num_classes}: set {classes}")
+    base = split.partition("[")[0]
+    if "+" not in split and base != "all" and base not in builder.info.splits:
+        found = list(builder.info.splits)
+        raise ValueError(f"data.split: {what} has no split {split!r}, expected one of {found}{_nearest(base, found)}")
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
-    "digits": _digits, "arrays": _arrays, "image_folder": _image_folder, "array_record": _array_record, "tfds": _tfds,
-}  # fmt: skip
+    "digits": _digits,
+    "arrays": _arrays,
+    "image_folder": _image_folder,
+    "array_record": _array_record,
+    "tfds": _tfds,
+}
 
 
-def write_array_record(path: str | Path, items: Sequence[dict[str, np.ndarray]]) -> int:
-    """Write {"image", "label"} items as one ArrayRecord file (each record an .npz); returns how many.
+# Records ---------------------------------------------------------------------------------------------------------
 
-    Raises FileExistsError rather than overwrite.
+
+def write_array_record(path: str | Path, items: Iterable[Mapping[str, Any]]) -> int:
+    """Write {"image", "label"} items as one ArrayRecord file; returns how many.
+
+    A record is the label (int32, little-endian; -1 where there is none), then the image as a file: PNG for
+    uint8 with 1 or 3 channels, .npy otherwise (float32 in [-1, 1]). Raises FileExistsError rather than
+    overwrite, and ValueError for an image that is neither or no item at all; the file is then not there.
     """
-    from array_record.python import array_record_module
+    from array_record.python.array_record_module import ArrayRecordWriter
 
-    if Path(path).exists():
+    path = Path(path)
+    if path.exists():
         raise FileExistsError(f"{path} exists: choose another name or remove it")
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    count = 0
-    for item in items:
-        buffer = io.BytesIO()
-        np.savez(buffer, **item)
-        writer.write(buffer.getvalue())
-        count += 1
+    unfinished = path.with_name(path.stem + ".unfinished")  # a name that `load` does not look for
+    writer, count = ArrayRecordWriter(str(unfinished), "group_size:1"), 0  # groups of 1: random access
+    try:
+        for item in items:
+            writer.write(_encode_record(item, f"item {count}"))
+            count += 1
+        if not count:
+            raise ValueError(f"no image to write to {path}")
+    except BaseException:
+        writer.close()
+        unfinished.unlink(missing_ok=True)
+        raise
     writer.close()
+    unfinished.rename(path)
     return count
+
+
+def _encode_record(item: Mapping[str, Any], name: str) -> bytes:
+    image = np.asarray(item["image"])
+    if image.ndim != 3:
+        raise ValueError(f"{name} has shape {image.shape}, expected (H, W, C)")
+    _check_image(image, image.shape, name)
+    buffer = io.BytesIO()
+    if image.dtype == np.uint8 and image.shape[2] in (1, 3):
+        PIL.Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
+    else:
+        np.save(buffer, image)
+    return _LABEL.pack(int(item.get("label", -1))) + buffer.getvalue()
+
+
+def _decode_record(record: bytes, name: str) -> Item:
+    data = record[_LABEL.size :]
+    try:
+        if data.startswith(_NPY):
+            image = np.load(io.BytesIO(data), allow_pickle=False)
+        else:
+            with PIL.Image.open(io.BytesIO(data)) as picture:
+                channels = 1 if picture.mode == "L" else 3
+            image = pictures.decode(data, channels, name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is no record of write_array_record ({error}); for files of tensorflow-datasets: data.name = 'tfds'"
+        ) from error
+    (label,) = _LABEL.unpack(record[: _LABEL.size])
+    return {"image": image} if label == -1 else {"image": image, "label": label}
+
+
+def _as_is(item: Item, name: str) -> Item:
+    return item
+
+
+def _image_and_label(item: Mapping[str, Any], name: str) -> Item:
+    return {key: item[key] for key in ("image", "label") if key in item}
 
 
 # Checks ----------------------------------------------------------------------------------------------------------
@@ -217,37 +328,34 @@ def write_array_record(path: str | Path, items: Sequence[dict[str, np.ndarray]])
 
 def _existing(path: str) -> Path:
     if not path or not Path(path).exists():
-        raise FileNotFoundError(f"data.path: {path!r} does not exist")
+        raise FileNotFoundError(f"data.path: {path!r} does not exist: give the path of your data")
     return Path(path)
 
 
-def _decode_picture(data: bytes, shape: DataShape, resize: bool, name: str) -> np.ndarray:
-    try:
-        picture = PIL.Image.open(io.BytesIO(data))
-        picture = picture.convert("L" if shape.channels == 1 else "RGB")
-    except (PIL.UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"unreadable picture {name}: {error}") from error
-    if resize:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        picture = picture.crop((left, top, left + side, top + side))
-        picture = picture.resize((shape.image_size, shape.image_size), PIL.Image.Resampling.LANCZOS)
-    image = np.asarray(picture)
-    return image[..., None] if image.ndim == 2 else image
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), list(names), 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check(item: dict[str, np.ndarray], shape: DataShape, what: str) -> None:
-    image = item["image"]
-    if image.shape != shape.shape:
+def _check_image(image: np.ndarray, shape: tuple[int, ...], what: str) -> None:
+    if image.shape[:-1] != shape[:-1]:
         raise ValueError(
-            f"{what} has shape {image.shape}, expected {shape.shape}: set data.image_size and data.channels, or "
-            "data.resize = True (image_folder) to crop and scale"
+            f"{what} has shape {image.shape}, expected {shape}: set data.image_size, or data.resize = True to crop "
+            "the centre and scale"
         )
+    if image.shape != shape:
+        raise ValueError(f"{what} has {image.shape[-1]} channels, expected {shape[-1]}: set data.channels")
     if image.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"{what} is {image.dtype}, expected uint8 (0..255) or float32 (-1..1)")
-    if image.dtype == np.float32 and not (np.all(np.abs(image) <= 1)):
-        raise ValueError(f"{what} spans {image.min():g}..{image.max():g}, expected float32 images in -1..1")
-    if shape.num_classes and "label" not in item:
-        raise ValueError(f"{what} has no label and data.num_classes is {shape.num_classes}: set num_classes = 0")
-    if shape.num_classes and not 0 <= item["label"] < shape.num_classes:
-        raise ValueError(f"{what} has label {item['label']}, expected 0..{shape.num_classes - 1}")
+        raise ValueError(f"{what} is {image.dtype}, expected uint8 (0..255) or float32 (-1..1): convert it")
+    # a NaN fails the comparison too
+    if image.dtype == np.float32 and not (image.min() >= -1 and image.max() <= 1):
+        raise ValueError(f"{what} spans {image.min():g}..{image.max():g}, expected float32 in -1..1: rescale it")
+
+
+def _check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{what} holds {labels.dtype} labels, expected integers 0..{num_classes - 1}")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"{what} has labels {labels.min()}..{labels.max()}, expected 0..{num_classes - 1}: set data.num_classes"
+        )
