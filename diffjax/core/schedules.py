@@ -270,10 +270,10 @@ class Shifted:
     factor: float
 
     def alpha(self, u: Array) -> Array:
-        return self.base.alpha(self._moved(u))
+        return self.base.scale(self.level(u))  # by way of the time, a small alpha would lose its digits
 
     def sigma(self, u: Array) -> Array:
-        return self.base.sigma(self._moved(u))
+        return self.base.sigma(self.base.time(self.level(u)))
 
     def level(self, u: Array) -> Array:
         return self.factor * self.base.level(u)
@@ -283,9 +283,6 @@ class Shifted:
 
     def scale(self, level: Array) -> Array:
         return self.base.scale(level)
-
-    def _moved(self, u: Array) -> Array:
-        return self.base.time(self.level(u))
 
 
 def linear(beta_first: float = 1e-4, beta_last: float = 0.02, num: int = 1000) -> np.ndarray:
