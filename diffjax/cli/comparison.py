@@ -1,0 +1,222 @@
+"""The comparison that the field reports: Frechet distance against network calls.
+
+A teacher, its training-free solvers and its distilled students sample from the same seeds; every
+row of the table is (method, nfe, seed, frechet_distance). The distance is taken in pixel space
+against all training images, without a network: a distance between Gaussians, and no FID.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax import build
+from diffjax.core import solvers
+from diffjax.metrics import fid
+from diffjax.runtime import images as image_files
+from diffjax.runtime import report
+
+_ORDERS = {"ipndm": 4, "dpmpp": 3, "unipc": 3}  # the orders that the field compares
+_LABELS = {"euler": "Euler (DDIM)", "heun": "Heun", "ipndm": "iPNDM-4", "dpmpp": "DPM-Solver++(3M)", "unipc": "UniPC-3"}
+
+
+class Entry(NamedTuple):
+    """One curve of the comparison: a run that samples, and its plan for each number of calls."""
+
+    method: str
+    run: "build.Run"
+    plans: dict  # network calls -> solvers.Plan
+
+
+def plan_for_calls(solver: str, calls: int, afs: bool, sigma_min: float, sigma_max: float) -> "solvers.Plan | None":
+    """The plan of `solver` on the polynomial grid that makes exactly `calls` network calls, or None."""
+    for num_steps in range(2, calls + 3):
+        try:
+            plan = build.plan(
+                ConfigDict(
+                    {
+                        "solver": solver,
+                        "order": _ORDERS.get(solver, 0),
+                        "num_steps": num_steps,
+                        "grid": "polynomial",
+                        "sigma_min": sigma_min,
+                        "sigma_max": sigma_max,
+                        "rho": 7.0,
+                        "afs": afs,
+                    }
+                )
+            )
+        except solvers.TooFewSteps:
+            continue
+        if plan.nfe == calls:
+            return plan
+    return None
+
+
+def entries(config: ConfigDict) -> list[Entry]:
+    """Curves that `config` asks for: the teacher as it was configured, solvers, students."""
+    teacher = build.load_run(config.teacher)
+    teacher_plan = build.plan(teacher.config.sample)
+    found = [Entry("teacher", teacher, {teacher_plan.nfe: teacher_plan})]
+    for solver in config.solvers:
+        for afs in (False, True):
+            plans = {c: plan_for_calls(solver, c, afs, config.sigma_min, config.sigma_max) for c in config.calls}
+            plans = {calls: plan for calls, plan in plans.items() if plan is not None}
+            found.append(Entry(solver + ("_afs" if afs else ""), teacher, plans))
+    for folder in config.students:
+        student = build.load_run(folder)
+        plan = build.plan(student.config.sample)
+        found.append(Entry("sfd", student, {plan.nfe: plan}))
+    return found
+
+
+def measure(config: ConfigDict, curves: list[Entry], progress=lambda text: None) -> tuple[list[dict], dict]:
+    """Rows of the table `frechet_by_calls`, and the first images of each (method, nfe) for the grids."""
+    data = build.all_images(curves[0].run.config.data)
+    reference = fid.pixel_statistics(data)
+    rows, pictures = [], {}
+    for seed in config.seeds:
+        for entry in curves:
+            for nfe, plan in entry.plans.items():
+                progress(f"seed {seed}: {entry.method}, {nfe} calls")
+                samples = build.draw(entry.run, plan, seed, range(config.num_samples), batch_size=config.batch_size)
+                distance = fid.frechet_distance(*fid.pixel_statistics(samples), *reference)
+                rows.append({"method": entry.method, "nfe": nfe, "seed": seed, "frechet_distance": distance})
+                pictures.setdefault((entry.method, nfe), samples[: 2 * config.grid_columns])
+    return rows, pictures
+
+
+def gap_closed(rows: list[dict]) -> list[dict]:
+    """For each call count of a student and each seed: how much of the gap between the best
+    training-free solver and the teacher it closes (1 = all of it)."""
+    out = []
+    for student in (row for row in rows if row["method"] == "sfd"):
+        same_seed = [row for row in rows if row["seed"] == student["seed"]]
+        teacher = next(row for row in same_seed if row["method"] == "teacher")
+        rivals = [r for r in same_seed if r["nfe"] == student["nfe"] and r["method"] not in ("sfd", "teacher")]
+        if not rivals:
+            continue
+        best = min(rivals, key=lambda row: row["frechet_distance"])
+        gap = best["frechet_distance"] - teacher["frechet_distance"]
+        closed = (best["frechet_distance"] - student["frechet_distance"]) / gap
+        out.append(
+            {
+                "nfe": student["nfe"],
+                "seed": student["seed"],
+                "best_solver": best["method"],
+                "best_solver_distance": best["frechet_distance"],
+                "sfd_distance": student["frechet_distance"],
+                "teacher_distance": teacher["frechet_distance"],
+                "gap_closed": closed,
+            }
+        )
+    return out
+
+
+def noise(rows: list[dict], data: np.ndarray) -> list[dict]:
+    """What the figures can resolve: spread over sampling seeds, and two halves of the data apart."""
+    by_point = {}
+    for row in rows:
+        by_point.setdefault((row["method"], row["nfe"]), []).append(row["frechet_distance"])
+    spread = [np.std(values, ddof=1) for values in by_point.values() if len(values) > 1]
+    order = np.random.default_rng(0).permutation(len(data))
+    halves = (data[order[: len(data) // 2]], data[order[len(data) // 2 :]])
+    out = [
+        {
+            "what": "distance between two halves of the data",
+            "value": fid.frechet_distance(*fid.pixel_statistics(halves[0]), *fid.pixel_statistics(halves[1])),
+        }
+    ]
+    if spread:
+        out.append({"what": "largest standard deviation over seeds of a row", "value": float(max(spread))})
+        out.append({"what": "median standard deviation over seeds", "value": float(np.median(spread))})
+    return out
+
+
+def draw_plot(rows: list[dict], path: Path) -> None:
+    """Frechet distance against calls, one line a method (mean over seeds), as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("the plot needs matplotlib; type: pip install 'diffjax[demo]'") from error
+    figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    colours = {solver: f"C{i}" for i, solver in enumerate(_LABELS)}
+    for method in dict.fromkeys(row["method"] for row in rows):
+        solver, afs = method.removesuffix("_afs"), method.endswith("_afs")
+        calls = sorted({row["nfe"] for row in rows if row["method"] == method})
+        means = [np.mean([r["frechet_distance"] for r in rows if (r["method"], r["nfe"]) == (method, c)]) for c in calls]
+        if method == "teacher":
+            axes.axhline(means[0], color="0.4", linestyle="--", label=f"teacher, {calls[0]} calls")
+        elif method == "sfd":
+            axes.plot(calls, means, "k*-", markersize=11, linewidth=2, label="SFD students", zorder=5)
+        else:
+            label = _LABELS.get(solver, solver) + (" + AFS" if afs else "")
+            axes.plot(calls, means, "o:" if afs else "s-", color=colours.get(solver), markersize=4, label=label)
+    axes.set(xlabel="network calls per image", ylabel="Fréchet distance in pixel space", yscale="log")
+    axes.set_xticks(sorted({row["nfe"] for row in rows if row["nfe"] <= 10}))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def draw_grids(pictures: dict, gaps: list[dict], path: Path) -> list[str]:
+    """One band of samples a method, the same seeds and classes in every column; returns the captions."""
+    chosen = [key for key in pictures if key[0] == "teacher"]
+    for nfe in sorted({row["nfe"] for row in gaps}):
+        best = next(row["best_solver"] for row in gaps if row["nfe"] == nfe)
+        chosen += [(best, nfe), ("sfd", nfe)]
+    captions = [f"{method}, {nfe} call{'s' if nfe > 1 else ''}" for method, nfe in chosen]
+    image_files.save_bands(path, [pictures[key] for key in chosen], captions, scale=5)
+    return captions
+
+
+def run_cost(folder: Path) -> dict:
+    """Training cost of a run, from its own report: {run, images, seconds, final loss}."""
+    rows = json.loads((folder / "report.json").read_text())["tables"]["training"]
+    return {"run": folder.name, **rows[-1]}
+
+
+def compare(config: ConfigDict, workdir: Path, command: str, progress=lambda text: None) -> Path:
+    """Measure, draw, and write `report.md` and `report.json` into `workdir`; returns the report's path."""
+    start = time.perf_counter()
+    curves = entries(config)
+    rows, pictures = measure(config, curves, progress)
+    gaps = gap_closed(rows)
+    workdir.mkdir(parents=True, exist_ok=True)
+    draw_plot(rows, workdir / "frechet_by_calls.png")
+    draw_grids(pictures, gaps, workdir / "samples.png")
+    costs = [run_cost(Path(folder)) for folder in (config.teacher, *config.students)]
+    tables = {
+        "gap_closed": gaps,
+        "noise": noise(rows, build.all_images(curves[0].run.config.data)),
+        "training": costs,
+        "evaluation": [{"seconds": time.perf_counter() - start, "samples_per_row": config.num_samples}],
+        "frechet_by_calls": rows,
+    }
+    return report.write_report(workdir, "Fréchet distance by network calls", _sections(config, command), tables)
+
+
+def _sections(config: ConfigDict, command: str) -> list[tuple[str, str]]:
+    runs = [Path(folder) for folder in (config.teacher, *config.students)]
+    commands = [json.loads((run / "report.json").read_text())["environment"]["command"] for run in runs]
+    text = (
+        f"{config.num_samples:,} samples a row, seeds {', '.join(map(str, config.seeds))}; the distance is taken in pixel "
+        "space against all training images (no network, so no FID; lower is better). `_afs`: the first step is "
+        "analytical and costs no call. `sfd`: one student for each number of calls."
+    )
+    return [
+        ("Distance against calls", f"{text}\n\n![Fréchet distance by calls](frechet_by_calls.png)"),
+        ("Samples from the same seeds", "Every column has the same noise and class.\n\n![samples](samples.png)"),
+        (
+            "How much of the gap the student closes",
+            "The gap lies between the best training-free solver at equal calls and the teacher.\n\n"
+            "<!-- table: gap_closed -->",
+        ),
+        ("Noise of these figures", "<!-- table: noise -->"),
+        ("Training cost", "<!-- table: training -->"),
+        ("Reproduce", "```bash\n" + "\n".join([*commands, command]) + "\n```"),
+    ]
