@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -85,7 +84,7 @@ class Checkpoints:
         self.last_step = self._manager.latest_step()
 
     def save(self, step: int, state: Any, iterator: Any, loop: Mapping[str, Any]) -> None:
-        """Start writing the checkpoint of `step`; returns when the arrays are copied.
+        """Start writing the checkpoint of `step`; returns when `state` may be donated.
 
         iterator: JSON position of the data iterator before the next batch. loop: JSON state of the loop.
         Raises CheckpointError when this or the previous write failed, ValueError for a state that
@@ -102,9 +101,6 @@ class Checkpoints:
             "loop": dict(loop),
         }
         run = _as_json(run)
-        if jax.default_backend() == "cpu":
-            # there the writer thread reads the device's own memory, which the next step is given
-            flat = {path: jnp.copy(leaf) for path, leaf in flat.items()}
         parts = ocp.args.Composite(state=ocp.args.StandardSave(flat), run=ocp.args.JsonSave(run))
         self._attempt(lambda: self._manager.save(step, args=parts, force=True))
         self.last_step = step

@@ -204,7 +204,7 @@ def test_nothing_non_finite_is_saved(tmp_path):
     state = make_state()
     state.method.params["enc"]["16x16_block0"]["kernel"] = jnp.full((3, 4), jnp.nan)
     with checkpoint.Checkpoints(tmp_path, CONFIG) as checkpoints:
-        with pytest.raises(guards.NonFiniteError, match="step 3: method/params/enc/16x16_block0/kernel of the state is not finite"):
+        with pytest.raises(guards.NonFiniteError, match="step 3: method/params/enc/16x16_block0/kernel of"):
             checkpoints.save(3, state, None, {})
     assert checkpoint.steps(tmp_path) == []
 

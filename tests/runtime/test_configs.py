@@ -34,7 +34,7 @@ def test_a_section_that_became_a_value_is_a_difference():
 
 
 def test_a_refusal_says_what_to_type_and_can_be_overruled():
-    with pytest.raises(configs.ConfigChangedError, match=r"here holds another config.*\n  seed: 0 -> 1\nUse another --w"):
+    with pytest.raises(configs.ConfigChangedError, match=r"here holds.*\n  seed: 0 -> 1\nUse another --w"):
         configs.check(SAVED, SAVED | {"seed": 1}, "here")
     allowed = SAVED | {"seed": 1, "allow_config_change": True}
     assert configs.check(SAVED, allowed, "here") == ["seed: 0 -> 1", "allow_config_change: absent -> true"]
