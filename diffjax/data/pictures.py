@@ -58,9 +58,8 @@ def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
     image = image[top : top + side, left : left + side]
     if side == size:
         return image
-    resize = (size, size), PIL.Image.Resampling.LANCZOS
-    planes = [np.asarray(PIL.Image.fromarray(np.ascontiguousarray(p)).resize(*resize)) for p in np.moveaxis(image, 2, 0)]
-    scaled = np.stack(planes, axis=2)
+    planes = [PIL.Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0)]
+    scaled = np.stack([plane.resize((size, size), PIL.Image.Resampling.LANCZOS) for plane in planes], axis=2)
     # the filter overshoots at edges; 8-bit planes are clipped by Pillow itself
     return scaled if scaled.dtype == np.uint8 else np.clip(scaled, -1, 1)
 

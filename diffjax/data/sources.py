@@ -18,6 +18,7 @@ All but digits take resize=True: crop the centre and scale. Otherwise other size
 
 import dataclasses
 import difflib
+import inspect
 import io
 import struct
 import zipfile
@@ -60,13 +61,18 @@ class DataShape:
 
 
 def load(name: str, shape: DataShape, **options: Any) -> Source:
-    """The checked source `name`. Raises ValueError (unknown name, wrong size, dtype, range or label; empty or
-    unreadable data), FileNotFoundError (missing path or data set), ImportError (a package that is not installed)."""
+    """The checked source `name`. Raises ValueError (unknown name or option, wrong size, dtype, range or label; empty
+    or unreadable data), FileNotFoundError (missing path or data set), ImportError (a package that is not installed).
+    """
     if name not in SOURCES:
         raise ValueError(
             f"data.name: unknown data set {name!r}, expected one of {sorted(SOURCES)}{_nearest(name, SOURCES)}; "
             f"data sets of tensorflow-datasets are data.name = 'tfds', data.dataset = {name!r}"
         )
+    allowed = list(inspect.signature(SOURCES[name]).parameters)[1:]
+    for key in options:
+        if key not in allowed:
+            raise ValueError(f"data.{key}: unknown for {name!r}, expected some of {allowed}{_nearest(key, allowed)}")
     source = SOURCES[name](shape, **options)
     if len(source) == 0:
         raise ValueError(f"data set {name!r} with {options} holds no image")
@@ -160,8 +166,10 @@ def _digits(shape: DataShape) -> Source:
 
 def _arrays(shape: DataShape, path: str, resize: bool = False) -> Source:
     file_path = _existing(path)
+    if not zipfile.is_zipfile(file_path):  # numpy would take it for a pickle
+        raise ValueError(f"{path} is no readable .npz file (not a complete .zip): make it with numpy.savez")
     try:
-        with np.lib.npyio.NpzFile(file_path.open("rb"), own_fid=True, allow_pickle=False) as file:
+        with np.load(file_path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is no readable .npz file ({error}): make it with numpy.savez") from error
