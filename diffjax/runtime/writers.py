@@ -4,7 +4,6 @@ A line of metrics.jsonl is {"step", "images", NAME: number, ..., "time": {...}}.
 `time` repeats exactly in a resumed run; `time` holds what a clock says.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from diffjax.core import names
 from diffjax.runtime import report
 
 FILE_NAME = "metrics.jsonl"
@@ -94,21 +94,20 @@ class WandbWriter:
 class Writers:
     """All writers of a run as one context.
 
-    names: of `OPTIONAL`, beside the JSON lines. Raises ValueError for an unknown name, ImportError for a
+    optional: of `OPTIONAL`, beside the JSON lines. Raises ValueError for an unknown name, ImportError for a
     package that is not installed.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], names: Sequence[str], step: int, config: Mapping[str, Any]
+        self, workdir: str | os.PathLike[str], optional: Sequence[str], step: int, config: Mapping[str, Any]
     ) -> None:
-        unknown = [name for name in names if name not in OPTIONAL]
+        unknown = [name for name in optional if name not in OPTIONAL]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], OPTIONAL, 1, cutoff=0.0)[0]
-            raise ValueError(f"unknown writer {unknown[0]!r}, expected of {OPTIONAL}; did you mean {near!r}?")
+            raise ValueError(f"unknown writer {unknown[0]!r}; {names.nearest(unknown[0], OPTIONAL)}")
         self._writers: list[Writer] = []
-        if "tensorboard" in names:
+        if "tensorboard" in optional:
             self._writers.append(TensorBoardWriter(workdir, step))
-        if "wandb" in names:
+        if "wandb" in optional:
             self._writers.append(WandbWriter(workdir, config))
         # last: it rewrites the file, which must not happen when another one is missing
         self._writers.append(JsonlWriter(workdir, step))

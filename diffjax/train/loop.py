@@ -12,7 +12,6 @@ of the device.
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from diffjax.core import trees
+from diffjax.core import names, trees
 from diffjax.core.types import Batch, Metrics, Params
 from diffjax.data.loader import Batches
 from diffjax.runtime import checkpoint, clock, configs, guards, mesh, progress, writers
@@ -78,11 +77,10 @@ class Settings:
     @classmethod
     def from_config(cls, section: Mapping[str, Any]) -> Self:
         """Raises ValueError for an unknown key (with the nearest one) or a value out of range."""
-        names = [field.name for field in dataclasses.fields(cls)]
+        known = [field.name for field in dataclasses.fields(cls)]
         for key in section:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, 1, cutoff=0.0)[0]
-                raise ValueError(f"unknown key train.{key}; did you mean train.{near}? Known: {', '.join(names)}")
+            if key not in known:
+                raise ValueError(f"unknown key train.{key}; {names.nearest(key, known)}")
         missing = [name for name in ("batch_size", "total_images") if name not in section]
         if missing:
             raise ValueError(f"the section train lacks {missing}: set --config.train.{missing[0]}=...")
@@ -90,7 +88,7 @@ class Settings:
         for name in ("batch_size", "total_images", "log_every_steps", "keep_checkpoints"):
             if getattr(settings, name) < 1:
                 raise ValueError(f"found train.{name} = {getattr(settings, name)}: use 1 or more")
-        for name in names:
+        for name in known:
             value = getattr(settings, name)
             if isinstance(value, int | float) and value < 0:
                 raise ValueError(f"found train.{name} = {value}: use 0 or more")

@@ -198,7 +198,7 @@ def test_one_batch_is_overfitted(tmp_path):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"batch_size": 8, "total_images": 8, "log_evry_steps": 1}, "did you mean train.log_every_steps"),
+        ({"batch_size": 8, "total_images": 8, "log_evry_steps": 1}, "did you mean 'log_every_steps'"),
         ({"batch_size": 8}, "lacks .*total_images"),
         ({"batch_size": 0, "total_images": 8}, "train.batch_size = 0: use 1 or more"),
         ({"batch_size": 8, "total_images": 8, "stall_minutes": -1}, "train.stall_minutes = -1: use 0 or more"),
