@@ -238,8 +238,7 @@ def _edm(config: ConfigDict) -> _Parts:
         options["weighting_options"] = {"sigma_data": config.model.get("sigma_data", 0.5)}
     names.check_options(edm.Settings, options, "config.method")
     settings = edm.Settings(**options, num_classes=shape.num_classes)
-    data = _without(config.data, "name", "image_size", "channels", "num_classes", "flip", "augment_probability")
-    source = sources.load(config.data.name, shape, **data)
+    source = _source(config.data, shape)
     return _Parts(
         method=edm.make(settings, denoise, *_optimizer(config), prepare=_prepare(config)),
         init_params=lambda: init(rng.stream(config.seed, "init")),
@@ -249,6 +248,17 @@ def _edm(config: ConfigDict) -> _Parts:
         data=shape,
         plan=plan(config.sample) if "sample" in config else None,
     )
+
+
+def all_images(data: ConfigDict) -> np.ndarray:
+    """Every image (N, H, W, C) of a `data` section, as stored: uint8, or float32 in [-1, 1]."""
+    source = _source(data, data_shape(data))
+    return sources.read(source, range(len(source)))["image"]
+
+
+def _source(data: ConfigDict, shape: sources.DataShape) -> sources.Source:
+    options = _without(data, "name", "image_size", "channels", "num_classes", "flip", "augment_probability")
+    return sources.load(data.name, shape, **options)
 
 
 def _prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
@@ -261,9 +271,9 @@ def _prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
         image = transforms.to_float(batch["image"])
         rest = {name: value for name, value in batch.items() if name != "image"}
         if flip:
-            image = transforms.random_flip(jax.random.fold_in(key, 0), image)
+            image = transforms.flip(image, jax.random.fold_in(key, 0))
         if probability:
-            image, rest["augment"] = transforms.augment(jax.random.fold_in(key, 1), image, probability)
+            image, rest["augment"] = transforms.augment(image, jax.random.fold_in(key, 1), probability)
         return {"image": image, **rest}
 
     return prepare
