@@ -58,6 +58,16 @@ def golden_weights():
     return draw
 
 
+@pytest.fixture(scope="session")
+def cifar10_dir():
+    """Folder of tensorflow-datasets that holds CIFAR-10 as ArrayRecord; skips where there is none."""
+    named = [os.environ[name] for name in ("DIFFJAX_DATA", "TFDS_DATA_DIR") if os.environ.get(name)]
+    for folder in (*map(Path, named), ROOT.parent / "shared" / "data" / "tensorflow_datasets"):
+        if (folder / "cifar10").is_dir():
+            return str(folder)
+    pytest.skip("CIFAR-10 is absent: set DIFFJAX_DATA or TFDS_DATA_DIR to a folder with cifar10/ as ArrayRecord")
+
+
 def pytest_terminal_summary(terminalreporter):
     """Every skip with its reason, and how many there were."""
     skipped = terminalreporter.stats.get("skipped", [])
