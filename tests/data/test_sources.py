@@ -285,6 +285,12 @@ def test_array_record_bad_input(tmp_path):
         load("array_record", DataShape(5, 3), path=str(path))
     with pytest.raises(ValueError, match="3 channels, expected 1"):
         load("array_record", DataShape(6, 1), path=str(path), resize=True)
+    for label in (2, -3):
+        other = tmp_path / f"{label}" / "a.array_record"
+        other.parent.mkdir()
+        sources.write_array_record(other, [{"image": make_images()[0], "label": label}])
+        with pytest.raises(ValueError, match=f"image 0 of .* has labels {label}..{label}, expected 0..1"):
+            load("array_record", SHAPE, path=str(other))
     path.write_bytes(path.read_bytes()[:70_000])
     with pytest.raises(ValueError, match="no complete ArrayRecord file"):
         load("array_record", SHAPE, path=str(path))

@@ -137,7 +137,8 @@ def test_random_transformations_equal_a_second_implementation():
     images = make_images(12, 12, 16, 1)
     key = jax.random.key(5)
     transformation = draw(jax.random.split(key, 12), 1.0)
-    matrices = np.asarray(jax.jit(transforms._inverse_matrices, static_argnums=(1, 2))(transformation, 12, 16), np.float64)
+    inverse = jax.jit(transforms._inverse_matrices, static_argnums=(1, 2))
+    matrices = np.asarray(inverse(transformation, 12, 16), np.float64)
     augmented, labels = augment(images, key, 1.0)
     flipped = images[..., 0].copy()
     for i in range(12):
