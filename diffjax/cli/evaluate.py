@@ -1,0 +1,40 @@
+"""Compare a teacher, training-free solvers and students: Frechet distance against network calls.
+
+    python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir=runs/quickstart
+
+Needs finished runs, named in the config. Writes report.md, report.json and pictures into the folder.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import flags as absl_flags
+
+from diffjax.cli import flags
+
+
+def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
+    """Flags of this command."""
+    flags.define_config(values, argv, new_keys=False)
+    flags.define_workdir(values, "folder of the report")
+    absl_flags.DEFINE_bool("dry_run", False, "list what would be sampled, and end", flag_values=values)
+
+
+def main(values: absl_flags.FlagValues) -> None:
+    """Write the comparison, or list its rows with --dry_run."""
+    from diffjax.cli import comparison
+
+    config = flags.needed(values, "config", "configs/quick/compare_digits.py")
+    workdir = flags.workdir(values)
+    if values.dry_run:
+        for entry in comparison.entries(config):
+            print(f"{entry.method:12s} calls {', '.join(map(str, entry.plans))}")
+        return
+    command = shlex.join(["python", "-m", "diffjax.cli.evaluate", *sys.argv[1:]])
+    path = comparison.compare(config, workdir, command, progress=lambda text: print(text, file=sys.stderr, flush=True))
+    print(f"report: {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(__doc__, define, main))
