@@ -16,6 +16,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     teacher = flags.load_config("configs/quick/edm_digits.py")
     teacher.model.update({"width": 32, "depth": 1})
+    teacher.optim.warmup_images = 0
     teacher.train.update({"batch_size": 64, "total_images": 64 * 40, "log_every_steps": 10, "sample_every_steps": 20})
     train_and_evaluate(teacher, folder / "teacher", command="train the teacher")
     student = flags.load_config("configs/quick/sfd_digits.py:2")
