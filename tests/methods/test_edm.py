@@ -118,11 +118,15 @@ def test_metrics_are_float32_scalars_and_an_index():
 
 def test_the_first_bad_gradient_is_named():
     def denoise(params, x, sigma, cond=None, key=None):
-        return params["a"] * x + jnp.sqrt(params["b"]) + params["c"]  # no derivative at b = 0
+        # below 0 the value is 0, and the derivative 0 times that of a root of a negative number: NaN, for b alone
+        return params["a"] * x + jnp.where(params["b"] > 0, jnp.sqrt(params["b"]), 0.0) + params["c"]
 
-    params = {name: jnp.float32(0) for name in "abc"}
-    _, metrics = _step(edm.Settings(), denoise, params, _batch(2))
-    assert int(metrics["nonfinite_leaf"]) == 1
+    params = {name: jnp.float32(-1) for name in "abc"}
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+    method = edm.make(edm.Settings(), denoise, clipped, lambda i: 1e-3)
+    state, metrics = method.step(method.init(params), {}, _batch(2), jax.random.key(0), jnp.int32(0))
+    assert int(metrics["nonfinite_leaf"]) == 1 and np.isfinite(metrics["loss"])
+    assert not np.isfinite(state.params["a"])  # clipping spreads it: the weights would name the wrong one
     _, metrics = _step(edm.Settings(), denoise, {**params, "b": jnp.float32(1)}, _batch(2))
     assert int(metrics["nonfinite_leaf"]) == -1
 
