@@ -62,5 +62,5 @@ def test_options_reach_the_distribution():
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="unknown noise distribution 'log_normal'; did you mean 'lognormal'"):
         noise_levels.draw(jax.random.key(0), 2, "log_normal")
-    with pytest.raises(ValueError, match="unknown option 'pmean' of noise distribution 'lognormal'; did you mean 'p_mean'"):
+    with pytest.raises(ValueError, match="unknown option 'pmean' of noise distribution .*; did you mean 'p_mean'"):
         noise_levels.check("lognormal", {"pmean": 0.0})
