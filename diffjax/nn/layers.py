@@ -5,6 +5,7 @@ Parameters are float32; products run in `dtype`, normalisation always in float32
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -30,9 +31,18 @@ class Init:
         if scale == 0:
             return jnp.zeros(shape)
         deviation = math.sqrt(2 / (fan_in + fan_out)) if self.mode.startswith("xavier") else math.sqrt(1 / fan_in)
-        if self.mode.endswith("uniform"):
-            return scale * deviation * jax.random.uniform(key, shape, minval=-math.sqrt(3), maxval=math.sqrt(3))
-        return scale * deviation * jax.random.normal(key, shape)
+        size = math.prod(shape)
+        # sizes rounded up to powers of two: a network has dozens of shapes, and each would be compiled
+        values = _draw(key, 1 << (size - 1).bit_length(), self.mode.endswith("uniform"))
+        return scale * deviation * values[:size].reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _draw(key: Array, size: int, uniform: bool) -> Array:
+    """(size,) float32 of unit variance."""
+    if uniform:
+        return jax.random.uniform(key, (size,), minval=-math.sqrt(3), maxval=math.sqrt(3))
+    return jax.random.normal(key, (size,))
 
 
 class Linear(nnx.Module):
