@@ -105,7 +105,7 @@ def make_grid(name: str, num: int, sigma_min: float, sigma_max: float, **options
     Raises ValueError for an unknown name, num < 2, or levels that are not 0 < sigma_min < sigma_max.
     """
     if name not in GRIDS:
-        nearest = difflib.get_close_matches(name, GRIDS, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(name.lower(), GRIDS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown grid {name!r}; did you mean {nearest!r}? Known: {', '.join(GRIDS)}")
     return GRIDS[name](num, sigma_min, sigma_max, **options)
 

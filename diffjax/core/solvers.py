@@ -281,7 +281,7 @@ SOLVERS: dict[str, tuple[Callable[..., Rows], tuple[int, ...], bool]] = {
 def _lookup(solver: str, options: dict) -> tuple:
     """The entry of SOLVERS and a copy of the options, both checked by name."""
     if solver not in SOLVERS:
-        nearest = difflib.get_close_matches(solver, SOLVERS, n=1, cutoff=0.0)[0]
+        nearest = difflib.get_close_matches(solver.lower(), SOLVERS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown solver {solver!r}; did you mean {nearest!r}? Known: {', '.join(SOLVERS)}")
     build, orders, parity_differs = SOLVERS[solver]
     parameters = inspect.signature(build).parameters

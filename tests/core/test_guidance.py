@@ -1,0 +1,127 @@
+"""Guidance: the formula, the calls it makes, and its errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diffjax.core import guidance
+
+CLASSES = 3
+TABLE = jnp.array([0.5, -1.0, 2.0, 0.25])  # the last row is the null class
+NULL = functools.partial(guidance.null_label, num_classes=CLASSES)
+X = jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+COND = {"label": jnp.array([0, 1, 2, 1])}
+
+
+def denoise(params, x, sigma, cond=None, key=None):
+    return x * TABLE[cond["label"]].reshape(-1, 1, 1, 1) / (1 + sigma)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_cfg_is_the_extrapolation(scale):
+    found = guidance.cfg(denoise, scale, NULL)({}, X, 1.0, COND)
+    conditional, unconditional = TABLE[COND["label"]], TABLE[CLASSES]
+    expected = X * (unconditional + scale * (conditional - unconditional)).reshape(-1, 1, 1, 1) / 2
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)  # rounding of float32
+
+
+def test_scale_one_is_the_conditional_denoiser():
+    guided = guidance.cfg(denoise, 1.0, NULL)({}, X, 1.0, COND)
+    np.testing.assert_allclose(guided, denoise({}, X, 1.0, COND), rtol=1e-6)  # u + (c - u) rounds once
+
+
+def test_one_scale_per_sample():
+    found = guidance.cfg(denoise, jnp.array([0.0, 1.0, 2.0, 1.0]), NULL)({}, X, 1.0, COND)
+    for i, scale in enumerate([0.0, 1.0, 2.0, 1.0]):
+        expected = guidance.cfg(denoise, scale, NULL)({}, X, 1.0, COND)[i]
+        np.testing.assert_allclose(found[i], expected, rtol=1e-6)  # the same operations
+
+
+@pytest.mark.parametrize("sigma, inside", [(0.5, False), (0.51, True), (2.0, True), (2.1, False)])
+def test_interval_guides_inside_only_and_saves_the_call_outside(sigma, inside):
+    calls = []
+
+    def counting(params, x, sigma, cond=None, key=None):
+        jax.debug.callback(lambda _: calls.append(1), sigma)
+        return denoise(params, x, sigma, cond)
+
+    guided = jax.jit(guidance.interval(counting, 3.0, NULL, 0.5, 2.0))
+    found = guided({}, X, jnp.float32(sigma), COND)
+    jax.effects_barrier()
+    expected = guidance.cfg(denoise, 3.0, NULL) if inside else denoise
+    np.testing.assert_allclose(found, expected({}, X, sigma, COND), rtol=1e-6)  # rounding of float32
+    assert len(calls) == (2 if inside else 1)
+
+
+def test_interval_with_one_level_per_sample():
+    sigma = jnp.array([0.1, 1.0, 2.0, 9.0])
+
+    def per_level(params, x, sigma, cond=None, key=None):
+        return denoise(params, x, jnp.reshape(sigma, (-1, 1, 1, 1)), cond)
+
+    found = guidance.interval(per_level, 3.0, NULL, 0.5, 2.0)({}, X, sigma, COND)
+    guided = guidance.cfg(per_level, 3.0, NULL)({}, X, sigma, COND)
+    plain = per_level({}, X, sigma, COND)
+    for i, inside in enumerate([False, True, True, False]):
+        np.testing.assert_array_equal(found[i], (guided if inside else plain)[i])
+
+
+def test_guided_denoisers_compose():
+    scaled = guidance.cfg(denoise, 1.0, NULL)
+    twice = guidance.interval(scaled, 2.0, NULL, 0.0, 10.0)({}, X, 1.0, COND)
+    np.testing.assert_allclose(twice, guidance.cfg(denoise, 2.0, NULL)({}, X, 1.0, COND), rtol=1e-5)  # one more rounding
+
+
+def test_scale_and_interval_are_traced():
+    @jax.jit
+    def run(scale, low, high, sigma):
+        return guidance.interval(denoise, scale, NULL, low, high)({}, X, sigma, COND)
+
+    for values in [(1.0, 0.1, 2.0, 1.0), (3.0, 0.2, 1.5, 0.1)]:
+        run(*(jnp.float32(v) for v in values))
+    assert run._cache_size() == 1
+
+
+def test_null_label_keeps_the_rest():
+    cond = {"label": jnp.array([0, 2]), "augment": jnp.zeros((2, 9))}
+    found = guidance.null_label(cond, CLASSES)
+    np.testing.assert_array_equal(found["label"], [CLASSES, CLASSES])
+    assert found["label"].dtype == cond["label"].dtype and found["augment"] is cond["augment"]
+    np.testing.assert_array_equal(cond["label"], [0, 2])
+
+
+@pytest.mark.parametrize("cond", [None, {}, {"label": None}, {"text": jnp.zeros(2)}])
+def test_guidance_without_a_label(cond):
+    with pytest.raises(ValueError, match="guidance needs cond"):
+        guidance.null_label(cond, CLASSES)
+
+
+def test_guidance_without_a_null_class():
+    with pytest.raises(ValueError, match="trained without one"):
+        guidance.null_label(COND, None)
+    with pytest.raises(ValueError, match="null class"):
+        guidance.cfg(denoise, 2.0, None)
+    with pytest.raises(ValueError, match="null class"):
+        guidance.interval(denoise, 2.0, None, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("low, high", [(2.0, 1.0), (-1.0, 1.0), (1.0, 1.0)])
+def test_bad_interval(low, high):
+    with pytest.raises(ValueError, match="0 <= low < high"):
+        guidance.interval(denoise, 2.0, NULL, low, high)
+
+
+def test_dynamic_threshold():
+    data = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    data *= np.array([0.2, 1.0, 5.0], np.float32).reshape(-1, 1, 1, 1)
+    found = np.asarray(guidance.dynamic_threshold(jnp.asarray(data)))
+    for sample, one in zip(data, found, strict=True):
+        limit = max(1.0, np.quantile(np.abs(sample), 0.995))
+        np.testing.assert_allclose(one, np.clip(sample, -limit, limit) / limit, rtol=1e-5)  # float32 quantile
+    np.testing.assert_array_equal(found[0], data[0])  # inside [-1, 1] nothing changes
+    with pytest.raises(ValueError, match="quantile"):
+        guidance.dynamic_threshold(jnp.asarray(data), 0.0)
