@@ -12,6 +12,30 @@ fail() {
   exit 2
 }
 
+# The folder of the environment that `prepare` uses.
+environment() {
+  echo "${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}"
+}
+
+# For scripts that pass their flags on to diffjax.cli.train: sets `arguments` (quoted, without --dry_run), `workdir` and
+# `dry_run` (yes or no), and fails before anything is installed or queued.
+# shellcheck disable=SC2034  # used by the scripts
+read_arguments() {
+  local argument config=
+  arguments='' workdir='' dry_run=no
+  for argument in "$@"; do
+    case "$argument" in
+      --dry_run) dry_run=yes && continue ;;
+      --config=*) config=${argument#*=} ;;
+      --workdir=*) workdir=${argument#*=} ;;
+    esac
+    arguments+=" $(printf %q "$argument")"
+  done
+  [ -n "$config" ] || fail "--config is missing; for example --config=configs/quick/edm_digits.py"
+  [ -f "${config%%:*}" ] || fail "config file ${config%%:*} does not exist; there are: $(echo configs/*/*.py)"
+  [ -n "$workdir" ] || fail "--workdir is missing; for example --workdir=runs/digits_teacher"
+}
+
 find_python() {
   local candidate
   for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
