@@ -49,7 +49,7 @@ def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
     from diffjax.core import trees
 
     with tempfile.TemporaryDirectory() as folder:
-        experiment = build.experiment(_with_blank_data(config, Path(folder)))
+        experiment = build.experiment(with_blank_data(config, Path(folder)))
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in next(experiment.batches()).items()}
         state = jax.eval_shape(experiment.init)
         params = state.method.params
@@ -97,7 +97,7 @@ def run_lines(workdir: Path, config: ConfigDict | None = None) -> Iterable[str]:
         yield "differs         nowhere"
 
 
-def _with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
+def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
     """The config with black images in place of its data, so that its cost shows where the data is not."""
     import numpy as np
 

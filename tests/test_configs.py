@@ -1,0 +1,169 @@
+"""Every config and variant builds abstractly, with the published parameter counts, and is compared with its golden text.
+
+The texts under tests/golden/configs show every value that moved. To accept a change:
+
+    DIFFJAX_WRITE_GOLDEN=1 bash launch/test.sh -k golden_text
+"""
+
+import ast
+import functools
+import os
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from diffjax import build
+from diffjax.cli import flags, inspect
+from diffjax.core import trees
+from diffjax.runtime import configs
+from diffjax.train import loop
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "configs"
+WRITE = "DIFFJAX_WRITE_GOLDEN"
+
+# file -> its variants; evaluations are no experiments
+EXPERIMENTS = {
+    "quick/edm_digits.py": ("",),
+    "quick/sfd_digits.py": ("", "1", "2", "3", "4", "5"),
+    "edm/cifar10_ddpmpp.py": ("cond", "uncond"),
+    "edm/imagenet64_adm.py": ("", "stochastic"),
+    "sfd/cifar10.py": ("2", "3", "4", "5"),
+    "sfd/imagenet64.py": ("2", "3", "4", "5"),
+}
+EVALUATIONS = {"quick/compare_digits.py": ("",)}
+TEACHERS = {
+    "runs/quickstart/teacher": "quick/edm_digits.py",
+    "runs/edm_cifar10": "edm/cifar10_ddpmpp.py:uncond",
+    "runs/edm_imagenet64": "edm/imagenet64_adm.py",
+}
+# Karras 2022's networks; CIFAR-10 unconditional and ImageNet 64 are the published teachers of Zhou 2024
+PARAMETERS = {"edm/cifar10_ddpmpp.py:uncond": 55_733_891, "edm/imagenet64_adm.py": 295_899_267}
+ALL = [f"{file}:{arg}".rstrip(":") for file, args in (EXPERIMENTS | EVALUATIONS).items() for arg in args]
+NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS]
+# variants that differ in the number of steps only, or in sampling, are traced at their ends: tracing takes seconds
+BUILT = [name for name in NAMED if not re.search(r"sfd.*:[34]|stochastic|sfd_digits.py$", name)]
+
+
+def load(name: str) -> ConfigDict:
+    return flags.load_config(str(ROOT / "configs" / name))
+
+
+@pytest.fixture
+def abstract_teachers(monkeypatch):
+    """build.load_run without a run: the teacher's config, and weights of the right shapes that take no memory."""
+
+    monkeypatch.setattr(build, "load_run", lambda workdir: blank_run(TEACHERS[str(workdir)]))
+
+
+@functools.cache
+def blank_run(name: str) -> build.Run:
+    config = load(name)
+    shape = build.data_shape(config.data)
+    denoise, init = build.denoiser(config.model, shape)
+    params = jax.eval_shape(init, jax.random.key(0))
+    return build.Run(config, denoise, jax.tree.map(lambda x: np.broadcast_to(x.dtype.type(0), x.shape), params), 0, shape)
+
+
+def test_every_config_file_is_listed():
+    files = {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*.py")}
+    assert files == set(EXPERIMENTS | EVALUATIONS)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_builds_and_steps_abstractly(name, abstract_teachers, tmp_path):
+    config = load(name)
+    blank = inspect.with_blank_data(config, tmp_path)
+    experiment = build.experiment(blank)
+    state = jax.eval_shape(experiment.init)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), experiment.frozen)
+    new_state, metrics = jax.eval_shape(experiment.step, state, abstract, next(experiment.batches()))
+    assert trees.compare(state, new_state) == []
+    assert metrics["loss"].shape == ()
+    assert loop.Settings.from_config(config.train.to_dict()).total_steps > 0
+    if name in PARAMETERS:
+        assert trees.count(state.method.params) == PARAMETERS[name]
+
+
+@pytest.mark.fast
+def test_the_quick_config_builds(tmp_path):
+    blank = inspect.with_blank_data(load("quick/edm_digits.py"), tmp_path)
+    assert trees.count(jax.eval_shape(build.experiment(blank).init).method.params) > 0
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_student_calls_the_network_as_often_as_its_name_says(name):
+    config = load(name)
+    if config.method.name != "sfd":
+        assert build.plan(config.sample).nfe == {18: 35, 40: 79, 256: 511}[config.sample.num_steps]
+        return
+    assert build.student_plan(config.method).nfe == int(name.partition(":")[2] or 2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_golden_text(name):
+    path = GOLDEN / (name.replace("/", "_").replace(".py", "").replace(":", "_") + ".txt")
+    text = flags.expand(load(name)) + "\n"
+    if os.environ.get(WRITE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert path.exists(), f"no golden text of {name}: run with {WRITE}=1"
+    assert text == path.read_text(encoding="utf-8"), f"{name} changed; if it should, run with {WRITE}=1"
+
+
+def test_every_golden_text_belongs_to_a_config():
+    expected = {name.replace("/", "_").replace(".py", "").replace(":", "_") + ".txt" for name in ALL}
+    assert {path.name for path in GOLDEN.glob("*.txt")} == expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_config_survives_its_file(name):
+    """config.json gives the config back: nothing but plain values."""
+    config = load(name)
+    assert configs.differences(configs.to_plain(config), config) == ([], [])
+
+
+def test_a_network_is_the_same_from_the_lists_of_a_file():
+    config = load("edm/cifar10_ddpmpp.py:uncond")
+    model = configs.to_plain(config.model)
+    assert isinstance(model["channel_mult"], list)
+    init = build.denoiser(model, build.data_shape(config.data))[1]
+    assert trees.count(jax.eval_shape(init, jax.random.key(0))) == PARAMETERS["edm/cifar10_ddpmpp.py:uncond"]
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS | EVALUATIONS)
+def test_header_and_length(file):
+    """The file opens with its command, hardware and expectation; the command names the file itself."""
+    source = (ROOT / "configs" / file).read_text(encoding="utf-8")
+    header = ast.get_docstring(ast.parse(source))
+    module = "train" if file in EXPERIMENTS else "evaluate"
+    assert re.search(rf"python -m diffjax\.cli\.{module} --config=configs/{re.escape(file)}\S* --workdir=runs/", header)
+    assert "Hardware" in header
+    assert file in EVALUATIONS or "Expect" in header
+    assert len(source.splitlines()) <= 80
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS | EVALUATIONS)
+def test_an_unknown_variant_is_refused_with_what_to_type(file):
+    with pytest.raises(ValueError, match="leave out what follows|type "):
+        load(f"{file}:nonsense")
+
+
+def test_published_settings():
+    """Karras 2022's and Zhou 2024's training settings, beside the golden texts because these must not move."""
+    cifar, imagenet = load("edm/cifar10_ddpmpp.py:cond"), load("edm/imagenet64_adm.py")
+    assert (cifar.train.batch_size, cifar.optim.learning_rate, cifar.train.total_images) == (512, 1e-3, 200_000_000)
+    assert (imagenet.train.batch_size, imagenet.optim.learning_rate, imagenet.train.total_images) == (
+        4096,
+        1e-4,
+        2_500_000_000,
+    )
+    for name, rate, factor in (("sfd/cifar10.py:2", 5e-5, 4), ("sfd/imagenet64.py:5", 1e-5, 4)):
+        config = load(name)
+        assert (config.optim.learning_rate, config.method.teacher_factor, config.train.batch_size) == (rate, factor, 128)
+        assert config.train.total_images == 200_000 and config.method.sigma_min == 0.006
+    assert load("sfd/imagenet64.py:5").method.num_steps == 7
