@@ -12,11 +12,11 @@ then for k = 0 .. N-2, with the weights of that moment,
 
 With the analytical first step (AFS, Dockhorn 2022) d_0 = x_0 / sqrt(1 + t_0^2): nothing to train, no update, but its
 error is measured and carried on. Data-free: an iteration needs noise and uniform labels only. The student has
-dropout, the teacher has not. No moving average, no clipping, no warm-up.
+dropout, the teacher has not. No moving average, no clipping, no warm-up; the learning rate falls to a tenth at
+half ("half_drop" of `train.optim`).
 
     settings = Settings(num_steps=4, batch_size=128, image_shape=(32, 32, 3))
-    rate = half_drop(5e-5, total_images=200_000, batch_size=128)
-    method = make(settings, denoise, denoise, optax.scale_by_adam(), rate)
+    method = make(settings, denoise, denoise, optax.scale_by_adam(), learning_rate=lambda iteration: 5e-5)
     state = method.init(teacher_params)
     state, metrics = jax.jit(method.step)(state, teacher_params, {}, key, iteration)
 
@@ -88,25 +88,6 @@ class Trace(NamedTuple):
     loss: Array  # (n,) l_k, eq. 3
     grad_norm: Array  # (u,) L2 norm of each gradient, after `released_gradient_rule`
     nonfinite_leaf: Array  # (u,) int32, first parameter with a non-finite gradient, -1 = none
-
-
-def half_drop(learning_rate: float, total_images: int, batch_size: int) -> Callable[[Array], Array]:
-    """iteration -> learning rate, a tenth of `learning_rate` from iteration j with (j-1) B >= total_images / 2 on.
-
-    One iteration after half of `total_images` (trajectories): the published loop tests before it counts. Raises
-    ValueError unless all three are positive.
-    """
-    if not (learning_rate > 0 and total_images > 0 and batch_size > 0):
-        raise ValueError(
-            "learning_rate, total_images and batch_size must be positive, "
-            f"found {learning_rate}, {total_images} and {batch_size}"
-        )
-    first = 1 + -(-total_images // (2 * batch_size))
-
-    def rate(iteration: Array) -> Array:
-        return jnp.where(iteration >= first, learning_rate / 10, learning_rate)
-
-    return rate
 
 
 def make(

@@ -49,7 +49,7 @@ def make_learning_rate(
     schedule: str = "constant",
     warmup_images: int = 0,
 ) -> Callable[[Array], Array]:
-    """iteration (from 0) -> float32 rate: linear warm-up from 0 over `warmup_images` (0 = off) times "constant",
+    """iteration (from 0) -> rate, JAX's default float: linear warm-up from 0 over `warmup_images` (0 = off) times "constant",
     "cosine" to zero at `total_images`, or "half_drop", a tenth from iteration j with (j-1) batch_size >=
     total_images / 2 on (Zhou 2024, as released). Raises ValueError for an unknown schedule or values out of range.
     """
@@ -64,12 +64,12 @@ def make_learning_rate(
     drop_at = 1 + -(-total_images // (2 * batch_size))
 
     def rate(iteration: Array) -> Array:
-        images = jnp.asarray(iteration, jnp.float32) * batch_size
-        factor = jnp.minimum(images / warmup_images, 1.0) if warmup_images else jnp.float32(1)
+        images = jnp.asarray(iteration, float) * batch_size
+        factor = jnp.minimum(images / warmup_images, 1.0) if warmup_images else jnp.ones((), float)
         if schedule == "cosine":
             factor = factor * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(images / total_images, 1.0)))
         if schedule == "half_drop":
             factor = factor * jnp.where(iteration >= drop_at, 0.1, 1.0)
-        return jnp.float32(learning_rate) * factor
+        return learning_rate * factor
 
     return rate

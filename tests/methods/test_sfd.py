@@ -12,6 +12,7 @@ import pytest
 from diffjax.core import gaussian, grids, solvers
 from diffjax.methods import sfd
 from diffjax.sampling.sample import sample
+from diffjax.train import optim
 
 GAUSSIAN = {"mean": 0.0, "std": 0.5}
 
@@ -150,17 +151,6 @@ def test_analytical_step_does_not_see_the_weights():
     assert np.all(np.abs(losses[0][1:] - losses[1][1:]) > 0.01)
 
 
-def test_learning_rate_drops_one_iteration_after_half():
-    rate = sfd.half_drop(5e-5, total_images=200_000, batch_size=128)
-    drop = 783  # the first j with (j - 1) * 128 >= 100,000
-    assert (drop - 2) * 128 < 100_000 <= (drop - 1) * 128
-    np.testing.assert_allclose([rate(j) for j in (0, drop - 1, drop, 10**6)], [5e-5, 5e-5, 5e-6, 5e-6], rtol=1e-7)
-    even = sfd.half_drop(1.0, total_images=40, batch_size=10)  # (3 - 1) * 10 = 20 is half exactly
-    np.testing.assert_allclose([even(j) for j in range(5)], [1, 1, 1, 0.1, 0.1], rtol=1e-7)
-    with pytest.raises(ValueError, match="must be positive, found 1.0, 0 and 8"):
-        sfd.half_drop(1.0, 0, 8)
-
-
 # Non-finite gradients --------------------------------------------------------------------------------------------
 
 
@@ -281,7 +271,7 @@ def test_one_program_per_number_of_levels():
         traced["student"] += 1
         return student_denoise(params, x, sigma)
 
-    optimizer, rate = optax.scale_by_adam(), sfd.half_drop(1e-3, 16, 8)
+    optimizer, rate = optax.scale_by_adam(), optim.make_learning_rate(1e-3, 8, 16, "half_drop")
     methods = [
         sfd.make(settings(num_steps=n), gaussian.gaussian_denoiser, denoise, optimizer, rate) for n in (4, 6)
     ]

@@ -11,6 +11,7 @@ import pytest
 from diffjax.core import gaussian, grids, solvers
 from diffjax.methods import sfd
 from diffjax.sampling.sample import sample
+from diffjax.train import optim
 
 GAUSSIAN = {"mean": 0.0, "std": 0.5}
 KNOTS = np.linspace(np.log(0.05), np.log(50.0), 9)
@@ -45,7 +46,7 @@ def end_errors(params, num):
 def test_student_of_a_gaussian_moves_to_the_exact_solution(nums):
     """One model for all of `nums`; untrained it is Euler, off by 36 to 50 %."""
     iterations = 300
-    rate = sfd.half_drop(5e-3, iterations * 16, 16)
+    rate = optim.make_learning_rate(5e-3, 16, iterations * 16, "half_drop")
     methods = []
     for num in nums:
         chosen = settings(

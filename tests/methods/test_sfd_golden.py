@@ -10,6 +10,7 @@ import pytest
 
 from diffjax.core import gaussian
 from diffjax.methods import sfd
+from diffjax.train import optim
 
 RUNS = (pytest.param("afs_N5_dpmpp2_M2", marks=pytest.mark.fast), "noafs_N6_ipndm3_M1", "stepcond_afs_dpmpp3")
 SLOTS = 8  # more than the updates of any iteration
@@ -92,7 +93,7 @@ def test_every_number_of_the_released_training_order(name, golden, x64):
     run = meta[name]
     denoise = student_of(arrays)
     optimizer = recording(optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8))
-    rate = sfd.half_drop(run["lr"], total_images=round(1000 * run["total_kimg"]), batch_size=run["batch"])
+    rate = optim.make_learning_rate(run["lr"], run["batch"], round(1000 * run["total_kimg"]), "half_drop")
     updates = {
         n: jax.jit(sfd.make_update(settings_of(run, n), denoise, denoise, optimizer))
         for n in {it["num_steps"] for it in run["iters"]}

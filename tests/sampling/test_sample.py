@@ -83,8 +83,10 @@ SLOPES = [
     ("ipndm", {"order": 2}, 2.0),
     ("ipndm", {"order": 3}, 2.0),
     ("ipndm", {"order": 4}, 2.0),
-    ("ipndm_v", {"order": 4}, 2.0),
-    ("deis", {"order": 3}, 2.0),
+    ("ipndm_v", {"order": 3}, 2.9),
+    ("ipndm_v", {"order": 4}, 3.8),
+    ("deis", {"order": 3}, 2.9),
+    ("deis", {"order": 4}, 3.7),
     ("dpmpp", {"order": 2}, 2.0),
     ("dpmpp", {"parity": True}, 1.9),
     ("dpmpp", {}, 2.0),
@@ -105,7 +107,9 @@ def slope(solver, options):
 
 @pytest.mark.parametrize("solver, options, expected", SLOPES)
 def test_order_of_convergence(x64, solver, options, expected):
-    """Multistep solvers start with one Euler step of error h^2, so all of them are of order 2 over the whole path."""
+    """The first step, Euler's, caps constant weights and differences in log sigma at 2. Weights of the actual grid are
+    exact for straight paths, which this one is where it starts, so they show their own order (released weights: 1.3).
+    """
     # 0.15: at 80 steps the next order still bends the line
     assert slope(solver, options) == pytest.approx(expected, abs=0.15)
 

@@ -112,6 +112,13 @@ def test_half_drop_is_the_published_loop(total):
         seen += 10
 
 
+def test_half_drop_of_the_cifar10_recipe():
+    rate = optim.make_learning_rate(5e-5, 128, 200_000, schedule="half_drop")
+    drop = 783  # the first j with (j - 1) * 128 >= 100,000
+    assert (drop - 2) * 128 < 100_000 <= (drop - 1) * 128
+    np.testing.assert_allclose([rate(j) for j in (0, drop - 1, drop, 10**6)], [5e-5, 5e-5, 5e-6, 5e-6], rtol=RTOL)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
