@@ -159,35 +159,12 @@ class SongUNet(nnx.Module):
         if step_condition:
             self.map_step_layer0 = Linear(self.noise_channels, width, init=init, rngs=rngs)
             self.map_step_layer1 = Linear(width, width, init=init, rngs=rngs)
-        self._build(style, out_channels, tuple(channel_mult), num_blocks, attention_sizes, encoder, rngs)
-
-    def _build(self, style, out_channels, channel_mult, num_blocks, attention_sizes, encoder, rngs) -> None:
-        options = dict(init=style.init, dtype=style.dtype, rngs=rngs)
-        enc, skips, width, aux = {}, [], self.channels, self.in_channels
-        for level, mult in enumerate(channel_mult):
-            size = self.image_size >> level
-            if level == 0:
-                enc[f"{size}x{size}_conv"] = Conv(self.in_channels, width, 3, **options)
-            else:
-                enc[f"{size}x{size}_down"] = UNetBlock(width, width, style, down=True, rngs=rngs)
-                if encoder == "residual":
-                    name = f"{size}x{size}_aux_residual"
-                    enc[name] = Conv(aux, width, 3, down=True, taps=style.taps, fused=True, **options)
-                    aux = width
-            skips.append(width)
-            for index in range(num_blocks):
-                outputs = self.channels * mult
-                attend = size in attention_sizes
-                enc[f"{size}x{size}_block{index}"] = UNetBlock(width, outputs, style, attend=attend, rngs=rngs)
-                width = outputs
-                skips.append(width)
-        dec, width = _decoder(self, style, channel_mult, num_blocks, attention_sizes, width, skips, rngs, last_only=True)
-        size = self.image_size
-        dec[f"{size}x{size}_aux_norm"] = GroupNorm(width, 1e-6, rngs=rngs)
-        dec[f"{size}x{size}_aux_conv"] = Conv(width, out_channels, 3, **{**options, "init": style.init_zero})
-        # merging sorts a dict, so the order is kept apart
-        self.enc_names, self.dec_names = tuple(enc), tuple(dec)
-        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+        shape = tuple(channel_mult), num_blocks, attention_sizes
+        enc, skips, last = _encoder(self, style, channels, *shape, rngs, residual=encoder == "residual")
+        dec, last = _decoder(self, style, last, skips, *shape, rngs, attend_last_only=True)
+        dec[f"{image_size}x{image_size}_aux_norm"] = GroupNorm(last, 1e-6, rngs=rngs)
+        dec[f"{image_size}x{image_size}_aux_conv"] = Conv(last, out_channels, 3, init=style.init_zero, dtype=dtype, rngs=rngs)
+        _keep(self, enc, dec)
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
         cond = cond or {}
@@ -212,11 +189,9 @@ class SongUNet(nnx.Module):
         else:
             embedding = self.map_noise(noise_label)
         embedding = embeddings.swap_halves(embedding)
-        if self.num_classes and cond.get("label") is not None:
+        if self.num_classes:
             # one-hot vectors of unit variance per entry
             embedding = embedding + self.map_label(_one_hot(self, cond, embedding) * math.sqrt(self.num_classes))
-        elif self.num_classes:
-            embedding = embedding + self.map_label(_one_hot(self, cond, embedding))
         if cond.get("augment") is not None:
             embedding = embedding + self.map_augment(cond["augment"])
         return jax.nn.silu(self.map_layer1(jax.nn.silu(self.map_layer0(embedding))))
@@ -262,27 +237,12 @@ class DhariwalUNet(nnx.Module):
         if step_condition:
             self.map_step_layer0 = Linear(channels, width, init=init, rngs=rngs)
             self.map_step_layer1 = Linear(width, width, init=init, rngs=rngs)
-        enc, skips, width = {}, [], self.channels * channel_mult[0]
-        for level, mult in enumerate(channel_mult):
-            size = image_size >> level
-            if level == 0:
-                enc[f"{size}x{size}_conv"] = Conv(in_channels, width, 3, init=init, dtype=dtype, rngs=rngs)
-            else:
-                enc[f"{size}x{size}_down"] = UNetBlock(width, width, style, down=True, rngs=rngs)
-            skips.append(width)
-            for index in range(num_blocks):
-                attend = size in attention_sizes
-                enc[f"{size}x{size}_block{index}"] = UNetBlock(width, channels * mult, style, attend=attend, rngs=rngs)
-                width = channels * mult
-                skips.append(width)
-        dec, width = _decoder(
-            self, style, tuple(channel_mult), num_blocks, attention_sizes, width, skips, rngs, last_only=False
-        )
-        # merging sorts a dict, so the order is kept apart
-        self.enc_names, self.dec_names = tuple(enc), tuple(dec)
-        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
-        self.out_norm = GroupNorm(width, 1e-5, rngs=rngs)
-        self.out_conv = Conv(width, out_channels, 3, init=zero, dtype=dtype, rngs=rngs)
+        shape = tuple(channel_mult), num_blocks, attention_sizes
+        enc, skips, last = _encoder(self, style, channels * channel_mult[0], *shape, rngs)
+        dec, last = _decoder(self, style, last, skips, *shape, rngs)
+        _keep(self, enc, dec)
+        self.out_norm = GroupNorm(last, 1e-5, rngs=rngs)
+        self.out_conv = Conv(last, out_channels, 3, init=zero, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
         cond = cond or {}
@@ -323,11 +283,39 @@ def dropout(x: Array, probability: float, key: Key | None) -> Array:
     return jnp.where(keep, x / (1 - probability), 0)
 
 
+def _encoder(
+    net, style, width, channel_mult, num_blocks, attention_sizes, rngs, residual=False
+) -> tuple[dict[str, nnx.Module], list[int], int]:
+    """Blocks from the image down, the width of the skip after each, and the final width.
+
+    `residual` adds the image, filtered and halved again and again, to the state of every level.
+    """
+    options = dict(init=style.init, dtype=style.dtype, rngs=rngs)
+    enc, skips, aux = {}, [], net.in_channels
+    for level, mult in enumerate(channel_mult):
+        size = net.image_size >> level
+        if level == 0:
+            enc[f"{size}x{size}_conv"] = Conv(net.in_channels, width, 3, **options)
+        else:
+            enc[f"{size}x{size}_down"] = UNetBlock(width, width, style, down=True, rngs=rngs)
+            if residual:
+                name = f"{size}x{size}_aux_residual"
+                enc[name] = Conv(aux, width, 3, down=True, taps=style.taps, fused=True, **options)
+                aux = width
+        skips.append(width)
+        for index in range(num_blocks):
+            attend, outputs = size in attention_sizes, net.channels * mult
+            enc[f"{size}x{size}_block{index}"] = UNetBlock(width, outputs, style, attend=attend, rngs=rngs)
+            width = outputs
+            skips.append(width)
+    return enc, skips, width
+
+
 def _decoder(
-    net, style, channel_mult, num_blocks, attention_sizes, width, skips, rngs, last_only: bool
+    net, style, width, skips, channel_mult, num_blocks, attention_sizes, rngs, attend_last_only=False
 ) -> tuple[dict[str, nnx.Module], int]:
     """Blocks from the lowest resolution up, and the final width; consumes `skips`."""
-    dec, skips = {}, list(skips)
+    dec = {}
     for level, mult in reversed(list(enumerate(channel_mult))):
         size = net.image_size >> level
         if level == len(channel_mult) - 1:
@@ -336,11 +324,16 @@ def _decoder(
         else:
             dec[f"{size}x{size}_up"] = UNetBlock(width, width, style, up=True, rngs=rngs)
         for index in range(num_blocks + 1):
-            # Song attends once a level, ADM in every block
-            attend = size in attention_sizes and (index == num_blocks or not last_only)
+            attend = size in attention_sizes and (index == num_blocks or not attend_last_only)
             inputs, width = width + skips.pop(), net.channels * mult
             dec[f"{size}x{size}_block{index}"] = UNetBlock(inputs, width, style, attend=attend, rngs=rngs)
     return dec, width
+
+
+def _keep(net, enc: dict[str, nnx.Module], dec: dict[str, nnx.Module]) -> None:
+    # merging sorts a dict, so the order is kept apart
+    net.enc_names, net.dec_names = tuple(enc), tuple(dec)
+    net.enc, net.dec = nnx.Dict(enc), nnx.Dict(dec)
 
 
 def _decode(net, x: Array, skips: list[Array], embedding: Array, step_embedding: Array | None, keys: _Keys) -> Array:

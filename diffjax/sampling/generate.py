@@ -1,14 +1,14 @@
 """Pictures from seeds: sample i is the same whatever the batch size, the chunks or the devices.
 
 Each sample has its own key, made of the seed and its id, and every draw for it (start noise, label, noise of a
-stochastic solver) comes from that key. Samples are made in chunks of one fixed size, the last one padded, so one
-compiled program serves any number of them:
+stochastic solver) comes from that key. Samples are made in chunks of one fixed size, the last one padded, so two
+compiled programs (the draws, the sampling) serve any number of them:
 
     images = generate(denoise, params, plan, range(50), (32, 32, 3), batch_size=16, num_classes=10)
     null = functools.partial(guidance.null_label, num_classes=10)
     images = generate(..., guidance_scale=2.0, uncond=null)
 
-The program is cached on the functions given (`denoise`, `uncond`, `transform`, `finish`) by identity, so make them
+The programs are cached on the functions given (`denoise`, `uncond`, `transform`, `finish`) by identity, so make them
 once. Plan, parameters, seed, labels and guidance scale are traced: changing their values does not recompile. Start
 noise is bit-equal in all cases; outputs are bit-equal for equal chunk sizes on one device, and agree to rounding
 otherwise, since XLA orders the sums of a matrix product by its shape. Several processes each make their own ids.
@@ -85,10 +85,11 @@ def generate_chunks(
     if mesh is not None:
         params = _on_mesh(params, mesh)
     draw = num_classes if num_classes is not None and "label" not in cond else None
-    fixed = (denoise, uncond if scale is not None else None, transform, finish, tuple(shape), draw, mesh)
+    fixed = (denoise, uncond if scale is not None else None, transform, finish)
 
     def make(ids: Array, cond: dict[str, Array]) -> Array:
-        return _chunk(*fixed, params, plan, np.uint32(seed), ids, cond, scale, interval)
+        x, cond, key = _start(tuple(shape), draw, plan.noise is not None, mesh, np.uint32(seed), ids, cond)
+        return _chunk(*fixed, params, plan, x, key, cond, scale, interval)
 
     return _chunks(make, ids, cond, batch_size, mesh)
 
@@ -124,23 +125,33 @@ def _part(values: np.ndarray, start: int, size: int, mesh: jax.sharding.Mesh | N
     return values if mesh is None else jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
-def _chunk(
-    denoise: Denoiser, uncond: guidance.Uncond | None, transform: Callable | None, finish: Callable | None,
-    shape: tuple[int, ...], draw_classes: int | None, mesh: jax.sharding.Mesh | None,
-    params: Params, plan: Plan, seed: Array, ids: Array, cond: dict, scale: Array, interval: tuple[Array, Array] | None,
-) -> Array:  # fmt: skip
-    """One chunk: noise, labels, sampling and `finish` in one program."""
-    x = initial_noise(seed, ids, shape) * jnp.asarray(plan.sigmas[0], jnp.float32)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _start(
+    shape: tuple[int, ...], draw_classes: int | None, stochastic: bool, mesh: jax.sharding.Mesh | None,
+    seed: Array, ids: Array, cond: dict,
+) -> tuple[Array, dict, Key | None]:  # fmt: skip
+    """Unit noise, conditions and keys of one chunk. Apart from `_chunk`, since it takes longer to compile than a small
+    network and is the same for all plans."""
+    x = initial_noise(seed, ids, shape)
     if mesh is not None:
         x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
     if draw_classes is not None:
         cond = {**cond, "label": draw_labels(seed, ids, draw_classes)}
+    return x, cond, _stream(seed, ids, "solver") if stochastic else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _chunk(
+    denoise: Denoiser, uncond: guidance.Uncond | None, transform: Callable | None, finish: Callable | None,
+    params: Params, plan: Plan, x: Array, key: Key | None, cond: dict, scale: Array | None,
+    interval: tuple[Array, Array] | None,
+) -> Array:  # fmt: skip
+    """One chunk from unit noise: sampling and `finish` in one program."""
     if uncond is not None and interval is None:
         denoise = guidance.cfg(denoise, scale, uncond)
     elif uncond is not None:
         denoise = guidance.interval(denoise, scale, uncond, *interval)
-    key = None if plan.noise is None else _stream(seed, ids, "solver")
+    x = x * jnp.asarray(plan.sigmas[0], x.dtype)
     x = sample(denoise, params, x, plan, cond or None, key=key, transform=transform)
     return x if finish is None else finish(x)
 
