@@ -17,11 +17,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.teacher = "runs/quickstart/teacher"
     config.students = tuple(f"runs/quickstart/student_{calls}" for calls in (1, 2, 3, 4, 5))
     config.solvers = ("euler", "heun", "ipndm", "dpmpp", "unipc")  # each with and without AFS
-    config.calls = (1, 2, 3, 4, 5, 6, 8, 10)
+    config.calls = (1, 2, 3, 4, 5, 8)
     config.sigma_min = 0.006
     config.sigma_max = 80.0
-    config.num_samples = 5000
-    config.batch_size = 5000
+    config.num_samples = 4000
+    config.batch_size = 2000
     config.seeds = (0, 1, 2)
     config.grid_columns = 12
     return config

@@ -21,7 +21,10 @@ from diffjax.runtime import report
 from diffjax.sampling import generate
 
 _ORDERS = {"ipndm": 4, "dpmpp": 3, "unipc": 3}  # the orders that the field compares
-_LABELS = {"euler": "Euler (DDIM)", "heun": "Heun", "ipndm": "iPNDM-4", "dpmpp": "DPM-Solver++(3M)", "unipc": "UniPC-3"}
+_LABELS = {
+    "teacher": "teacher", "sfd": "SFD", "euler": "Euler (DDIM)", "heun": "Heun", "ipndm": "iPNDM-4",
+    "dpmpp": "DPM-Solver++(3M)", "unipc": "UniPC-3",
+}  # fmt: skip
 
 
 class Entry(NamedTuple):
@@ -81,7 +84,8 @@ def gap_closed(rows: list[dict]) -> list[dict]:
     """For each call count of a student and each seed: how much of the gap between the best
     training-free solver and the teacher it closes (1 = all of it)."""
     out = []
-    for student in (row for row in rows if row["method"] == "sfd"):
+    students = (row for row in rows if row["method"] == "sfd")
+    for student in sorted(students, key=lambda row: (row["nfe"], row["seed"])):
         same_seed = [row for row in rows if row["seed"] == student["seed"]]
         teacher = next(row for row in same_seed if row["method"] == "teacher")
         rivals = [r for r in same_seed if r["nfe"] == student["nfe"] and r["method"] not in ("sfd", "teacher")]
@@ -109,7 +113,7 @@ def noise(rows: list[dict], data: np.ndarray) -> list[dict]:
     by_point = {}
     for row in rows:
         by_point.setdefault((row["method"], row["nfe"]), []).append(row["frechet_distance"])
-    spread = [np.std(values, ddof=1) for values in by_point.values() if len(values) > 1]
+    spread = {point: np.std(values, ddof=1) for point, values in by_point.items() if len(values) > 1}
     order = np.random.default_rng(0).permutation(len(data))
     halves = (data[order[: len(data) // 2]], data[order[len(data) // 2 :]])
     out = [
@@ -119,8 +123,10 @@ def noise(rows: list[dict], data: np.ndarray) -> list[dict]:
         }
     ]
     if spread:
-        out.append({"what": "largest standard deviation over seeds of a row", "value": float(max(spread))})
-        out.append({"what": "median standard deviation over seeds", "value": float(np.median(spread))})
+        ours = [value for (method, _), value in spread.items() if method in ("teacher", "sfd")]
+        out.append({"what": "largest standard deviation over seeds, teacher and students", "value": float(max(ours))})
+        relative = [value / np.mean(by_point[point]) for point, value in spread.items()]
+        out.append({"what": "median of standard deviation / mean over seeds, all rows", "value": float(np.median(relative))})
     return out
 
 
@@ -132,9 +138,9 @@ def draw_plot(rows: list[dict], path: Path) -> None:
         raise ImportError("the plot needs matplotlib; type: pip install 'diffjax[demo]'") from error
     figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
     axes = figure.add_subplot()
-    colours = {solver: f"C{i}" for i, solver in enumerate(_LABELS)}
+    solvers_shown = dict.fromkeys(row["method"].removesuffix("_afs") for row in rows)
+    colours = {solver: f"C{i}" for i, solver in enumerate(s for s in solvers_shown if s not in ("teacher", "sfd"))}
     for method in dict.fromkeys(row["method"] for row in rows):
-        solver, afs = method.removesuffix("_afs"), method.endswith("_afs")
         calls = sorted({row["nfe"] for row in rows if row["method"] == method})
         means = [np.mean([r["frechet_distance"] for r in rows if (r["method"], r["nfe"]) == (method, c)]) for c in calls]
         if method == "teacher":
@@ -142,8 +148,9 @@ def draw_plot(rows: list[dict], path: Path) -> None:
         elif method == "sfd":
             axes.plot(calls, means, "k*-", markersize=11, linewidth=2, label="SFD students", zorder=5)
         else:
-            label = _LABELS.get(solver, solver) + (" + AFS" if afs else "")
-            axes.plot(calls, means, "o:" if afs else "s-", color=colours.get(solver), markersize=4, label=label)
+            style = "o:" if method.endswith("_afs") else "s-"
+            colour = colours[method.removesuffix("_afs")]
+            axes.plot(calls, means, style, color=colour, markersize=4, label=_label(method))
     axes.set(xlabel="network calls per image", ylabel="Fréchet distance in pixel space", yscale="log")
     # two-stage solvers diverge at 2 to 4 calls by factors of a thousand: the table has the figures
     plausible = [row["frechet_distance"] for row in rows if row["method"].startswith("euler")] or [1.0]
@@ -154,15 +161,21 @@ def draw_plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path)
 
 
+def _label(method: str) -> str:
+    """As people write it: "ipndm_afs" -> "iPNDM-4 + AFS"."""
+    solver = method.removesuffix("_afs")
+    return _LABELS.get(solver, solver) + (" + AFS" if method.endswith("_afs") else "")
+
+
 def draw_grids(pictures: dict, gaps: list[dict], path: Path) -> None:
     """One row of samples a method, the same seeds and classes in every column, as a PNG."""
     chosen = [key for key in pictures if key[0] == "teacher"]
     for nfe in sorted({row["nfe"] for row in gaps}):
         best = next(row["best_solver"] for row in gaps if row["nfe"] == nfe)
         chosen += [(best, nfe), ("sfd", nfe)]
-    captions = [f"{method}, {nfe} call{'s' if nfe > 1 else ''}" for method, nfe in chosen]
+    captions = [f"{_label(method)}, {nfe} call{'s' if nfe > 1 else ''}" for method, nfe in chosen]
     rows = {caption: pictures[key] for caption, key in zip(captions, chosen, strict=True)}
-    image_files.save_png(path, image_files.labelled_rows(rows, scale=5))
+    image_files.save_png(path, image_files.labelled_rows(rows, scale=6))
 
 
 def run_cost(folder: Path) -> dict:

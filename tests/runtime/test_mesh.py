@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from diffjax.runtime import mesh, profile
+from diffjax.runtime import mesh
 
 
 @pytest.mark.fast
@@ -30,12 +30,3 @@ def test_a_batch_must_divide():
     mesh.check_batch_size(8, devices)
     with pytest.raises(ValueError, match="batch size 6 does not divide over 4 devices"):
         mesh.check_batch_size(6, devices)
-
-
-def test_a_trace_is_written_only_when_asked_for(tmp_path):
-    with profile.trace(tmp_path, enabled=False):
-        jax.block_until_ready(jnp.ones(3) + 1)
-    assert list(tmp_path.iterdir()) == []
-    with profile.trace(tmp_path):
-        jax.block_until_ready(jnp.ones(3) + 1)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,0 +1,50 @@
+"""The notebooks run from top to bottom in a fresh kernel, their figures cut short."""
+
+import os
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHORT = {  # notebook -> names of its settings and what the test takes for them
+    "quickstart": {"TEACHER_IMAGES": 25_600, "STUDENT_IMAGES": 1_280, "SAMPLES": 200},
+}
+
+
+def test_every_notebook_is_run_here():
+    assert {path.stem for path in (ROOT / "launch" / "colab").glob("*.ipynb")} == set(SHORT)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_notebook_runs(name, tmp_path):
+    for folder in ("configs", "launch", "diffjax"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    notebook = nbformat.read(ROOT / "launch" / "colab" / f"{name}.ipynb", as_version=4)
+    for setting, value in SHORT[name].items():
+        _set(notebook, setting, value)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # one device, as a reader has
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    printed = "".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    assert "35 network calls" in printed and "SFD student, 2 calls" in printed
+
+
+def test_notebooks_are_stored_without_output():
+    for path in (ROOT / "launch" / "colab").glob("*.ipynb"):
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+        assert all(not cell.outputs and cell.execution_count is None for cell in cells), path.name
+
+
+def _set(notebook: nbformat.NotebookNode, name: str, value: int) -> None:
+    for cell in notebook.cells:
+        lines = cell.source.splitlines()
+        for i, line in enumerate(lines):
+            if line.startswith(f"{name} = "):
+                lines[i] = f"{name} = {value}"
+                cell.source = "\n".join(lines)
+                return
+    raise AssertionError(f"the notebook does not set {name}")
