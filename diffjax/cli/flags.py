@@ -23,6 +23,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from diffjax.core import names
+from diffjax.runtime import xla
 
 USAGE_ERROR = 2
 # valid in every config, though none writes it down: see runtime.configs
@@ -57,6 +58,7 @@ def run(
             needed(values, "config", _EXAMPLE)
             print(expand(values.config))
             return 0
+        xla.set_flags()
         main(values)
     except Exception as error:
         if "--traceback" in argv or not _is_message(error):
