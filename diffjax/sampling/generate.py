@@ -77,8 +77,10 @@ def generate_chunks(
     labels out of range, and guidance without `uncond`.
     """
     ids = _check_ids(sample_ids)
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in 0..2^32-1, found {seed}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer in 0..2^32-1, found {seed!r}")
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be positive, or None for a network without classes, found {num_classes}")
     _check_sizes(batch_size, mesh)
     scale, interval = _check_guidance(guidance_scale, guidance_interval, uncond)
     cond = _check_cond(cond, len(ids), num_classes)
@@ -184,8 +186,8 @@ def _check_ids(sample_ids: Sequence[int]) -> np.ndarray:
 
 
 def _check_sizes(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be positive, found {batch_size}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, found {batch_size!r}")
     if mesh is None:
         return
     if "data" not in mesh.shape:
@@ -226,8 +228,8 @@ def _check_cond(cond: Cond | None, num: int, num_classes: int | None) -> dict[st
         return cond
     if label.ndim != 1 or not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"labels must be integers of shape ({num},), found {label.dtype} {label.shape}")
-    if num_classes is not None and (label.min() < 0 or label.max() > num_classes):
-        raise ValueError(f"labels must be 0..{num_classes} ({num_classes} is the null class), found "
-                         f"{label.min()}..{label.max()}")  # fmt: skip
+    highest = np.inf if num_classes is None else num_classes
+    if label.min() < 0 or label.max() > highest:
+        raise ValueError(f"labels must be 0..{highest} (the null class), found {label.min()}..{label.max()}")
     cond["label"] = label.astype(np.int32)
     return cond
