@@ -47,6 +47,6 @@ setup(
         "log": LOG,
         "weights": WEIGHTS,
         # torch: the yardstick of the speed comparison; its version is part of the published figures
-        "test": ["pytest>=9.2.0", "torch==2.13.0", *DEMO, *LOG, *WEIGHTS, *NOTEBOOK],
+        "test": ["pytest>=9.2.0", "setuptools>=65.5.0", "torch==2.13.0", *DEMO, *LOG, *WEIGHTS, *NOTEBOOK],
     },
 )

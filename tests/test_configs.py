@@ -167,3 +167,7 @@ def test_published_settings():
         assert (config.optim.learning_rate, config.method.teacher_factor, config.train.batch_size) == (rate, factor, 128)
         assert config.train.total_images == 200_000 and config.method.sigma_min == 0.006
     assert load("sfd/imagenet64.py:5").method.num_steps == 7
+    two_calls = load("sfd/cifar10.py:2")
+    iterations = -(-two_calls.train.total_images // two_calls.train.batch_size)
+    # published: an update at every level but the last, and the first one is analytical
+    assert iterations * (two_calls.method.num_steps - 2) == 3126
