@@ -97,7 +97,8 @@ def test_train_leaves_a_whole_run_folder(run_folder):
     assert figures["environment"]["command"].startswith("python -m diffjax.cli.train")
     text = (run_folder / "report.md").read_text()
     assert "samples/final.png" in text and "diffjax.cli.train" in text
-    assert Image.open(run_folder / "samples" / "final.png").size[0] > 8
+    with Image.open(run_folder / "samples" / "final.png") as picture:
+        assert picture.size[0] > 8
 
 
 def test_train_again_resumes_and_trains_no_further(run_folder, data, capsys):
