@@ -90,7 +90,8 @@ class StopSignal:
     """Context that turns SIGTERM and SIGINT into `received`, read at the next step boundary.
 
     A second SIGINT acts as if this guard were absent, so that a hung run can be ended by hand; further
-    SIGTERMs (schedulers repeat them) change nothing.
+    SIGTERMs (schedulers repeat them) change nothing. A SIGINT that the process was started to ignore
+    (`command &` in a script) stays ignored.
     Handlers exist in the main thread only: elsewhere entering raises RuntimeError.
     """
 
@@ -101,7 +102,10 @@ class StopSignal:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("signals reach the main thread only: start the run there")
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM]
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            numbers.append(signal.SIGINT)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 

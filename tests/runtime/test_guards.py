@@ -14,6 +14,14 @@ from diffjax.runtime import guards
 PATHS = ["enc/bias", "enc/kernel"]
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as in a terminal: a test run started with `&` in a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.fast
 def test_a_non_finite_metric_names_step_metric_and_parameter():
     queue = guards.InFlight(0, PATHS)
@@ -37,7 +45,7 @@ def test_steps_leave_the_queue_late_in_order_and_all_when_drained():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_the_handlers_come_back(number):
+def test_a_signal_is_noted_and_the_handlers_come_back(number, interruptible):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with guards.StopSignal() as stop:
         assert stop.received is None
@@ -46,7 +54,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_second_interrupt_interrupts_and_a_second_sigterm_does_not():
+def test_a_second_interrupt_interrupts_and_a_second_sigterm_does_not(interruptible):
     with guards.StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -54,6 +62,14 @@ def test_a_second_interrupt_interrupts_and_a_second_sigterm_does_not():
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_an_ignored_interrupt_stays_ignored(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with guards.StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.received is None
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_signals_need_the_main_thread():
