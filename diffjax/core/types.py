@@ -20,7 +20,8 @@ Metrics = Mapping[str, Array]  # float32 scalars; "nonfinite_leaf" is reserved, 
 # Conditions by name; absent keys (or None) mean "not given". The names in use:
 #   label      int32 (B,), 0..num_classes; num_classes itself is the null class
 #   augment    float32 (B, 9), EDM's non-leaking augmentation labels
-#   num_steps  float32 scalar, the N of a step-conditioned (SFD-v) student
+#   step       float32 scalar, what an SFD-v student is told, see sampling.few_step
+#   guidance_scale  float32 (B,), the scale that a guidance-distilled student stands for
 Cond = Mapping[str, Array]
 
 

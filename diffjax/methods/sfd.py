@@ -15,14 +15,15 @@ error is measured and carried on. Data-free: an iteration needs noise and unifor
 dropout, the teacher has not. No moving average, no clipping, no warm-up; the learning rate falls to a tenth at
 half ("half_drop" of `train.optim`).
 
-    settings = Settings(num_steps=4, batch_size=128, image_shape=(32, 32, 3))
+    settings = Settings(num_steps=(4,), batch_size=128, image_shape=(32, 32, 3))
     method = make(settings, denoise, denoise, optax.scale_by_adam(), learning_rate=lambda iteration: 5e-5)
     state = method.init(teacher_params)
-    state, metrics = jax.jit(method.step)(state, teacher_params, {}, key, iteration)
+    state, metrics = jax.jit(method.step)(state, Frozen(teacher_params), {}, key, iteration)
 
-Students for several N (SFD-v) are one state and one `make(..., step_condition=True)` per N; the caller draws N.
-A second stage is Settings(num_steps=3, teacher_factor=3, teacher_solver="euler", teacher_order=None,
-teacher_afs=True), with the first student (N=7) as teacher, inside `few_step.at_num_steps` if it has the condition.
+SFD-v, one student for several N: Settings(num_steps=(4, 5, 6, 7), step_condition="num_steps"); every iteration draws
+its N and tells it to the student. The second stage, for one call: Settings(num_steps=(3,), teacher_factor=3,
+teacher_solver="euler", teacher_order=None, teacher_afs=True), with the first student (N=7) as teacher; pixel models
+add D LPIPS(y, Y) / B to eq. 3 at the last level (D pixels), which is `perceptual` of `make`.
 """
 
 import dataclasses
@@ -36,26 +37,31 @@ import optax
 
 from diffjax.core import solvers, trees
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
-from diffjax.sampling.few_step import at_num_steps, check_num_steps, student_grid
+from diffjax.sampling.few_step import STEP_CONDITIONS, check_num_steps, student_grid, with_step_condition
 from diffjax.sampling.sample import sample
+
+Distance = Callable[[Params, Array, Array], Array]  # (params, (B, ...), (B, ...)) -> (B,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What one SFD iteration does. The defaults are those of CIFAR-10 (Zhou 2024).
 
-    num_steps: N, the number of noise levels of the student: N-1 steps, one call fewer with `afs`.
+    num_steps: N, the numbers of noise levels that the student serves: N-1 steps, one call fewer with `afs`. One of
+      them is drawn uniformly in each iteration.
     teacher_factor: K, teacher steps per student step (M + 1 where M levels are inserted).
     sigma_min, sigma_max, grid, rho: the noise levels, see `few_step.student_grid`.
     afs: the student's first step is analytical. teacher_afs: the teacher's too (second stage).
     teacher_solver, teacher_order, teacher_parity: see `solvers.make_plan`; parity is the published third order.
     batch_size: trajectories per iteration over all devices. image_shape: one sample. num_classes: 0 = no labels.
-    step_condition: the student is told N, see `few_step.at_num_steps`; the teacher never is.
+    accumulate: parts that a batch is computed in, one after the other, to save memory. The gradient is that of the
+      whole batch; dropout draws other masks.
+    step_condition: what the student is told, see `few_step.with_step_condition`; the teacher is told nothing here.
     released_gradient_rule: NaN -> 0, +-inf -> +-1e5 in gradients, as the authors' code does. Otherwise a non-finite
       gradient is left as it is and reported.
     """
 
-    num_steps: int
+    num_steps: tuple[int, ...]
     batch_size: int
     image_shape: tuple[int, ...]
     teacher_factor: int = 4
@@ -69,7 +75,8 @@ class Settings:
     teacher_order: int | None = 3
     teacher_parity: bool = True
     num_classes: int = 0
-    step_condition: bool = False
+    accumulate: int = 1
+    step_condition: str = ""
     released_gradient_rule: bool = False
 
 
@@ -78,6 +85,13 @@ class SFDState(NamedTuple):
 
     params: Params
     opt_state: Any
+
+
+class Frozen(NamedTuple):
+    """What is read: the teacher's parameters ({} where the targets are given), and those of `perceptual`."""
+
+    teacher: Params
+    perceptual: Params = {}
 
 
 class Trace(NamedTuple):
@@ -97,35 +111,81 @@ def make(
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[Array], Array],
     *,
+    perceptual: Distance | None = None,
     grid_options: dict[str, Any] | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Method:
-    """SFD as a Method: frozen = the teacher's parameters, batch is not looked at, state is an SFDState.
+    """SFD as a Method: frozen is a Frozen, state an SFDState; batch is empty, or has "target", the teacher's states
+    (B, N-1, ...) for the noise of this key (a cache, see `targets`), and then the teacher is not called.
 
     `optimizer` has no learning rate of its own (optax.scale_by_adam()); `learning_rate` maps the iteration to it.
-    `grid_options` are the maps of a discrete grid. `batch_sharding` spreads the trajectories, which are drawn inside,
-    over devices; the draws do not depend on it. Metrics, float32: loss (mean of eq. 3 over the noise levels),
-    loss_t<k> (eq. 3 at step k), grad_norm (mean over the updates), learning_rate; nonfinite_leaf (int32), of the
-    earliest update that has one. Raises ValueError for settings that cannot work.
+    `perceptual`(params, y, Y) -> (B,) is added at the last level. `grid_options` are the maps of a discrete grid.
+    `batch_sharding` spreads the trajectories, which are drawn inside, over devices; the draws do not depend on it.
+    Metrics, float32: loss (mean of eq. 3 over the noise levels), with one N loss_t<k> (eq. 3 at step k), with several
+    num_steps (the N drawn), grad_norm (mean over the updates), learning_rate; nonfinite_leaf (int32), of the earliest
+    update that has one. Raises ValueError for settings that cannot work.
     """
-    update = make_update(settings, teacher_denoise, student_denoise, optimizer, grid_options=grid_options)
+    _check(settings)
+    functions = teacher_denoise, student_denoise, optimizer
+    updates = [
+        make_update(settings, num, *functions, perceptual=perceptual, grid_options=grid_options)
+        for num in settings.num_steps
+    ]
 
     def init(params: Params) -> SFDState:
         return SFDState(params, optimizer.init(params))
 
     def step(
-        state: SFDState, frozen: Params, batch: Batch, key: Key, iteration: Array
+        state: SFDState, frozen: Frozen, batch: Batch, key: Key, iteration: Array
     ) -> tuple[SFDState, Metrics]:
-        del batch  # SFD is data-free
-        draw_key, dropout_key = jax.random.split(key)
-        noise, cond = draw(settings, draw_key)
+        noise, cond, dropout_key, which = _draws(settings, key)
         if batch_sharding is not None:
             noise, cond = jax.lax.with_sharding_constraint((noise, cond), batch_sharding)
+        targets = jnp.moveaxis(batch["target"], 1, 0) if "target" in batch else None
         rate = learning_rate(iteration)
-        state, trace = update(state, frozen, noise, cond, dropout_key, rate)
-        return state, _metrics(trace, rate)
+        arguments = state, frozen, noise, cond, dropout_key, rate, targets
+        if len(updates) == 1:
+            state, trace = updates[0](*arguments)
+            return state, {**_metrics(trace, rate), **_by_level(trace)}
+
+        def branch(update: Callable) -> Callable:
+            def run(*arguments: Any) -> tuple[SFDState, Metrics]:
+                state, trace = update(*arguments)
+                return state, _metrics(trace, rate)
+
+            return run
+
+        state, metrics = jax.lax.switch(which, [branch(update) for update in updates], *arguments)
+        return state, {**metrics, "num_steps": jnp.asarray(settings.num_steps, jnp.float32)[which]}
 
     return Method(init, step)
+
+
+def _draws(settings: Settings, key: Key) -> tuple[Array, dict[str, Array], Key, Array]:
+    """Noise, condition, dropout key and the index of N of one iteration."""
+    draw_key, dropout_key = jax.random.split(key)
+    which = jax.random.randint(jax.random.fold_in(key, 2), (), 0, len(settings.num_steps))
+    return *draw(settings, draw_key), dropout_key, which
+
+
+def make_targets(
+    settings: Settings, teacher_denoise: Denoiser, *, grid_options: dict[str, Any] | None = None
+) -> Callable[[Params, Key], Array]:
+    """targets(teacher_params, key) -> (B, N-1, ...): what the step with this key would ask its teacher, for a cache.
+
+    They depend on the teacher, the key and the settings except those of the student. Raises ValueError for several N,
+    whose targets have several shapes, and as `make`.
+    """
+    _check(settings)
+    if len(settings.num_steps) > 1:
+        raise ValueError(f"targets are cached for one N, found num_steps={settings.num_steps}: train one student each")
+    trajectory = _make_teacher(settings, settings.num_steps[0], teacher_denoise, grid_options or {})
+
+    def targets(params: Params, key: Key) -> Array:
+        noise, cond, _, _ = _draws(settings, key)
+        return jnp.moveaxis(trajectory(params, noise, cond), 0, 1)
+
+    return targets
 
 
 def draw(settings: Settings, key: Key) -> tuple[Array, dict[str, Array]]:
@@ -144,37 +204,35 @@ def draw(settings: Settings, key: Key) -> tuple[Array, dict[str, Array]]:
 
 def make_update(
     settings: Settings,
+    num_steps: int,
     teacher_denoise: Denoiser,
     student_denoise: Denoiser,
     optimizer: optax.GradientTransformation,
     *,
+    perceptual: Distance | None = None,
     grid_options: dict[str, Any] | None = None,
-) -> Callable[[SFDState, Params, Array, Cond, Key | None, Array], tuple[SFDState, Trace]]:
-    """One iteration with the noise given: update(state, frozen, noise, cond, key, rate) -> (state, Trace).
+) -> Callable[..., tuple[SFDState, Trace]]:
+    """One iteration at N = `num_steps` with the noise given:
+
+        update(state, frozen, noise, cond, key, rate, targets=None) -> (state, Trace)
 
     `noise` (B, ...) has unit variance, `key` is the student's dropout key (None = no dropout), `rate` the learning
-    rate. Eq. 1-5; pure, and compiled once under `jax.jit`. Raises as `make`.
+    rate, `targets` (N-1, B, ...) replace the teacher. Eq. 1-5; pure, compiled once under `jax.jit`. Raises as `make`.
     """
     _check(settings)
     options = grid_options or {}
-    sigmas, teacher_sigmas = _sigmas(settings, options)
-    plan = solvers.make_plan(
-        settings.teacher_solver,
-        teacher_sigmas,
-        order=settings.teacher_order,
-        parity=settings.teacher_parity,
-        afs=settings.teacher_afs,
-    )
-    if settings.step_condition:
-        student_denoise = at_num_steps(student_denoise, settings.num_steps)
-    student_step = _make_student_step(settings, student_denoise, optimizer)
+    trajectory = _make_teacher(settings, num_steps, teacher_denoise, options)
+    sigmas = _grid(settings, num_steps, options)
+    student_denoise = with_step_condition(student_denoise, settings.step_condition, sigmas)
+    student_step = _make_student_step(settings, student_denoise, optimizer, perceptual)
 
     def update(
-        state: SFDState, frozen: Params, noise: Array, cond: Cond, key: Key | None, rate: Array
-    ) -> tuple[SFDState, Trace]:
+        state: SFDState, frozen: Frozen, noise: Array, cond: Cond, key: Key | None, rate: Array,
+        targets: Array | None = None,
+    ) -> tuple[SFDState, Trace]:  # fmt: skip
+        if targets is None:
+            targets = jax.lax.stop_gradient(trajectory(frozen.teacher, noise, cond))
         x = noise * float(sigmas[0])
-        _, targets = sample(teacher_denoise, frozen, x, plan, cond, save_every=settings.teacher_factor)
-        targets = jax.lax.stop_gradient(targets)
         start = 1 if settings.afs else 0
         if settings.afs:
             x = x * float(1 + (sigmas[1] - sigmas[0]) / np.sqrt(1 + sigmas[0] ** 2))
@@ -182,13 +240,14 @@ def make_update(
 
         def body(carry: tuple[SFDState, Array], this: tuple[Array, ...]) -> tuple[Any, Any]:
             state, x = carry
-            k, sigma, ratio, target = this
+            k, *level = this
             step_key = None if key is None else jax.random.fold_in(key, k)
-            state, y, report = student_step(state, x, target, sigma, ratio, cond, step_key, rate)
+            last = k == num_steps - 2
+            state, y, report = student_step(state, frozen.perceptual, x, cond, step_key, rate, last, *level)
             return (state, y), (y, *report)
 
         levels = jnp.asarray(sigmas[:-1], x.dtype), jnp.asarray(sigmas[1:] / sigmas[:-1], x.dtype)
-        steps = (jnp.arange(settings.num_steps - 1), *levels, targets)
+        steps = (jnp.arange(num_steps - 1), *levels, targets)
         (state, _), (states, losses, norms, leaves) = jax.lax.scan(
             body, (state, x), jax.tree.map(lambda a: a[start:], steps)
         )
@@ -198,20 +257,56 @@ def make_update(
     return update
 
 
-def _make_student_step(
-    settings: Settings, denoise: Denoiser, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[SFDState, Array, tuple[Array, Array, Array]]]:
-    """Eq. 1-5 at one noise level; `ratio` is t_{k+1} / t_k."""
+def _make_teacher(
+    settings: Settings, num_steps: int, denoise: Denoiser, options: dict[str, Any]
+) -> Callable[[Params, Array, Cond], Array]:
+    """(params, unit noise (B, ...), cond) -> the targets Y (N-1, B, ...)."""
+    factor = settings.teacher_factor
+    sigmas = _grid(settings, factor * (num_steps - 1) + 1, options)
+    # Equal but for float64 rounding through the power rho; a state off its level would be a silent bias.
+    worst = np.max(np.abs(sigmas[::factor] / _grid(settings, num_steps, options) - 1))
+    if not worst <= 1e-12:
+        raise ValueError(
+            f"every {factor}th noise level of the teacher must be one of the student's, found a relative difference "
+            f"of {worst:.1e} in grid {settings.grid!r}: its maps must not depend on the number of levels"
+        )
+    plan = solvers.make_plan(
+        settings.teacher_solver, sigmas, order=settings.teacher_order, parity=settings.teacher_parity,
+        afs=settings.teacher_afs,
+    )  # fmt: skip
 
-    def objective(params, x, target, sigma, ratio, cond, key):
+    def trajectory(params: Params, noise: Array, cond: Cond) -> Array:
+        def part(noise: Array, cond: Cond) -> Array:
+            return sample(denoise, params, noise * float(sigmas[0]), plan, cond, save_every=factor)[1]
+
+        if settings.accumulate == 1:
+            return part(noise, cond)
+        parts = jax.lax.map(lambda these: part(*these), _split((noise, cond), settings.accumulate))
+        return jnp.moveaxis(_join(jnp.moveaxis(parts, 1, 2)), 1, 0)
+
+    return trajectory
+
+
+def _make_student_step(
+    settings: Settings, denoise: Denoiser, optimizer: optax.GradientTransformation, perceptual: Distance | None
+) -> Callable[..., tuple[SFDState, Array, tuple[Array, Array, Array]]]:
+    """Eq. 1-5 at one noise level; `ratio` is t_{k+1} / t_k, `last` whether t_{k+1} is the last level."""
+
+    def objective(params, perceptual_params, last, sigma, ratio, x, target, cond, key):
         # Eq. 1-2 with the two terms in x gathered: at t = 80 their difference would cost float32 two digits.
         y = ratio * x + (1 - ratio) * denoise(params, x, sigma, cond, key)
-        return _l1(y, target), y
+        loss = _l1(y, target)
+        if perceptual is not None:
+            pixels = y[0].size
+            loss += jax.lax.cond(
+                last, lambda y: pixels * jnp.mean(perceptual(perceptual_params, y, target)), lambda y: 0 * loss, y
+            )
+        return loss, y
 
-    def student_step(state, x, target, sigma, ratio, cond, key, rate):
-        (loss, y), grads = jax.value_and_grad(objective, has_aux=True)(
-            state.params, x, target, sigma, ratio, cond, key
-        )
+    def student_step(state, perceptual_params, x, cond, key, rate, last, sigma, ratio, target):
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        fixed = state.params, perceptual_params, last, sigma, ratio
+        (loss, y), grads = _accumulated(gradient, fixed, (x, target, cond), key, settings.accumulate)
         if settings.released_gradient_rule:
             grads = jax.tree.map(_released_rule, grads)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -220,6 +315,31 @@ def _make_student_step(
         return SFDState(params, opt_state), jax.lax.stop_gradient(y), report
 
     return student_step
+
+
+def _accumulated(gradient: Callable, fixed: tuple, batch: tuple, key: Key | None, parts: int) -> tuple:
+    """((loss, y), grads) of the whole batch, computed in `parts`: means of means of equal parts."""
+    if parts == 1:
+        return gradient(*fixed, *batch, key)
+
+    def body(total: tuple, this: tuple) -> tuple[tuple, Array]:
+        index, part = this
+        (loss, y), grads = gradient(*fixed, *part, None if key is None else jax.random.fold_in(key, index))
+        return jax.tree.map(lambda a, b: a + b / parts, total, (loss, grads)), y
+
+    zero = jax.tree.map(jnp.zeros_like, (batch[0].ravel()[0], fixed[0]))
+    (loss, grads), y = jax.lax.scan(body, zero, (jnp.arange(parts), _split(batch, parts)))
+    return (loss, _join(y)), grads
+
+
+def _split(batch: Any, parts: int) -> Any:
+    """(B, ...) -> (parts, B / parts, ...), part i being samples i, i + parts, ...: every device has its share."""
+    return jax.tree.map(lambda a: jnp.moveaxis(a.reshape(-1, parts, *a.shape[1:]), 1, 0), batch)
+
+
+def _join(parts: Array) -> Array:
+    """The reverse of `_split`."""
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
 
 
 def _l1(y: Array, target: Array) -> Array:
@@ -235,31 +355,26 @@ def _released_rule(g: Array) -> Array:
 def _metrics(trace: Trace, rate: Array) -> Metrics:
     bad = trace.nonfinite_leaf >= 0
     first = trace.nonfinite_leaf[jnp.argmax(bad)]  # the earliest bad update; index 0, hence -1, where none is
-    per_level = {f"loss_t{k}": trace.loss[k] for k in range(trace.loss.shape[0])}
-    values = {"loss": jnp.mean(trace.loss), **per_level}
-    values |= {"grad_norm": jnp.mean(trace.grad_norm), "learning_rate": rate}
-    metrics = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
-    return {**metrics, "nonfinite_leaf": first}
+    values = {"loss": jnp.mean(trace.loss), "grad_norm": jnp.mean(trace.grad_norm), "learning_rate": rate}
+    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()} | {"nonfinite_leaf": first}
 
 
-def _sigmas(settings: Settings, options: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The noise levels of the student (N,) and of the teacher (K(N-1)+1,), the first a slice of the second."""
-    levels = dict(grid=settings.grid, rho=settings.rho, **options)
-    factor, num = settings.teacher_factor, settings.num_steps
-    student = student_grid(num, settings.sigma_min, settings.sigma_max, **levels)
-    teacher = student_grid(factor * (num - 1) + 1, settings.sigma_min, settings.sigma_max, **levels)
-    # Equal but for float64 rounding through the power rho; a state off its level would be a silent bias.
-    worst = np.max(np.abs(teacher[::factor] / student - 1))
-    if not worst <= 1e-12:
-        raise ValueError(
-            f"every {factor}th noise level of the teacher must be one of the student's, found a relative difference "
-            f"of {worst:.1e} in grid {settings.grid!r}: its maps must not depend on the number of levels"
-        )
-    return student, teacher
+def _by_level(trace: Trace) -> Metrics:
+    return {f"loss_t{k}": jnp.asarray(loss, jnp.float32) for k, loss in enumerate(trace.loss)}
+
+
+def _grid(settings: Settings, num: int, options: dict[str, Any]) -> np.ndarray:
+    """`num` noise levels: N of the student, or K(N-1)+1 of the teacher."""
+    return student_grid(num, settings.sigma_min, settings.sigma_max, grid=settings.grid, rho=settings.rho, **options)
 
 
 def _check(settings: Settings) -> None:
-    check_num_steps(settings.num_steps, settings.afs)
+    if not settings.num_steps or len(set(settings.num_steps)) < len(settings.num_steps):
+        raise ValueError(f"num_steps lists different numbers of noise levels, e.g. (4, 5), found {settings.num_steps}")
+    for num in settings.num_steps:
+        check_num_steps(num, settings.afs)
+    if settings.step_condition not in STEP_CONDITIONS:
+        raise ValueError(f"step_condition must be one of {STEP_CONDITIONS}, found {settings.step_condition!r}")
     if settings.teacher_factor < 1:
         raise ValueError(
             f"teacher_factor is the number of teacher steps per student step, at least 1, "
@@ -267,6 +382,10 @@ def _check(settings: Settings) -> None:
         )
     if settings.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {settings.batch_size}")
+    if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
+        raise ValueError(
+            f"accumulate divides the batch into equal parts, found {settings.accumulate} parts of {settings.batch_size}"
+        )
     if not settings.image_shape or min(settings.image_shape) < 1:
         raise ValueError(f"image_shape is the shape of one sample, e.g. (32, 32, 3), found {settings.image_shape}")
     if settings.num_classes < 0:

@@ -7,11 +7,13 @@ released PyTorch code ("enc/16x16_block0/conv0"), so its weights map by name, se
     NCSN++  SongUNet(embedding="fourier", encoder="residual", taps=(1, 3, 3, 1), noise_channels_mult=2)
     ADM     DhariwalUNet
 
-Conditions: label (int, num_classes = null), augment (B, 9), and with `step_condition` the N of an
-SFD-v student (Zhou 2024): a second embedding, and a second projection of it in every block.
+Conditions: label (int, num_classes = null), augment (B, 9), with `step_condition` what an SFD-v student is told
+(Zhou 2024): a second embedding, and a second projection of it in every block; with `guidance_condition` the scale
+(B,) that a guidance-distilled student stands for (Meng 2023), added to the noise embedding from zero weights.
+
+`bottleneck` gives what AMED's predictor sees: the channel mean of the encoder's last state.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,91 +23,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Array, Cond, Key
-from diffjax.nn import attention, embeddings
+from diffjax.models.edm_blocks import BlockStyle, Keys, UNetBlock
+from diffjax.nn import embeddings
 from diffjax.nn.layers import Conv, GroupNorm, Init, Linear
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockStyle:
-    """What the blocks of one network have in common."""
-
-    embedding: int  # width of the condition vector
-    eps: float
-    skip_scale: float
-    adaptive_scale: bool  # the condition scales and shifts (ADM) or is added (DDPM++)
-    project_resampled: bool  # 1x1 convolution on resampled skips even where the width stays
-    head_channels: int | None  # None: one head
-    init: Init
-    init_zero: Init
-    init_attention: Init
-    taps: tuple[float, ...] = (1, 1)
-    dropout: float = 0.0
-    step_condition: bool = False
-    zero_init_step: bool = False
-    dtype: Any = None
-
-
-class UNetBlock(nnx.Module):
-    """Residual block with optional resampling and self-attention. Karras 2022, table 6 and figure 8."""
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        style: BlockStyle,
-        up: bool = False,
-        down: bool = False,
-        attend: bool = False,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.inputs, self.outputs, self.style = inputs, outputs, style
-        options = dict(init=style.init, dtype=style.dtype, rngs=rngs)
-        resample = dict(up=up, down=down, taps=style.taps)
-        width = outputs * (2 if style.adaptive_scale else 1)
-        self.norm0 = GroupNorm(inputs, style.eps, rngs=rngs)
-        self.conv0 = Conv(inputs, outputs, 3, **resample, **options)
-        self.affine = Linear(style.embedding, width, **options)
-        if style.step_condition:
-            step_init = Init(weight=0.0) if style.zero_init_step else style.init
-            self.affine_step = Linear(style.embedding, width, **{**options, "init": step_init})
-        self.norm1 = GroupNorm(outputs, style.eps, rngs=rngs)
-        self.conv1 = Conv(outputs, outputs, 3, **{**options, "init": style.init_zero})
-        if inputs != outputs or up or down:
-            project = inputs != outputs or style.project_resampled
-            self.skip = Conv(inputs, outputs, 1 if project else 0, **resample, **options)
-        else:
-            self.skip = None
-        self.heads = 0 if not attend else 1 if style.head_channels is None else outputs // style.head_channels
-        if self.heads:
-            self.norm2 = GroupNorm(outputs, style.eps, rngs=rngs)
-            self.qkv = Conv(outputs, 3 * outputs, 1, **{**options, "init": style.init_attention})
-            self.proj = Conv(outputs, outputs, 1, **{**options, "init": style.init_zero})
-
-    def __call__(self, x: Array, embedding: Array, step_embedding: Array | None, key: Key | None) -> Array:
-        h = self.conv0(jax.nn.silu(self.norm0(x)))
-        h = dropout(self._condition(h, embedding, step_embedding), self.style.dropout, key)
-        x = (self.conv1(h) + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
-        return (self._attend(x) + x) * self.style.skip_scale if self.heads else x
-
-    def _condition(self, h: Array, embedding: Array, step_embedding: Array | None) -> Array:
-        shift = self.affine(embedding)[:, None, None, :].astype(h.dtype)
-        step = None if step_embedding is None else self.affine_step(step_embedding)[:, None, None, :].astype(h.dtype)
-        if not self.style.adaptive_scale:
-            return jax.nn.silu(self.norm1(h + shift if step is None else h + shift + step))
-        h = self.norm1(h)
-        for both in (shift, step):
-            if both is not None:
-                scale, offset = jnp.split(both, 2, axis=-1)
-                h = h * (1 + scale) + offset
-        return jax.nn.silu(h)
-
-    def _attend(self, x: Array) -> Array:
-        b, height, width, c = x.shape
-        # channels of qkv are ordered (head, channel, {q, k, v})
-        qkv = self.qkv(self.norm2(x)).reshape(b, height * width, self.heads, c // self.heads, 3)
-        q, k, v = (qkv[..., i] for i in range(3))
-        return self.proj(attention.attend(q, k, v).reshape(b, height, width, c))
 
 
 class SongUNet(nnx.Module):
@@ -132,6 +52,7 @@ class SongUNet(nnx.Module):
         noise_channels_mult: int = 1,
         step_condition: bool = False,
         zero_init_step: bool = False,
+        guidance_condition: bool = False,
         dtype: Any = None,
         *,
         rngs: nnx.Rngs,
@@ -154,6 +75,8 @@ class SongUNet(nnx.Module):
             self.map_label = Linear(num_classes, self.noise_channels, init=init, rngs=rngs)
         if augment_dim:
             self.map_augment = Linear(augment_dim, self.noise_channels, bias=False, init=init, rngs=rngs)
+        if guidance_condition:
+            self.map_guidance = _guidance_layer(self.noise_channels, rngs)
         self.map_layer0 = Linear(self.noise_channels, width, init=init, rngs=rngs)
         self.map_layer1 = Linear(width, width, init=init, rngs=rngs)
         if step_condition:
@@ -167,11 +90,20 @@ class SongUNet(nnx.Module):
         _keep(self, enc, dec)
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
-        cond = cond or {}
+        x, skips, *rest = self._encode(x, noise_label, cond or {}, Keys(key))
+        x = _decode(self, x, skips, *rest)
+        size = self.image_size
+        return self.dec[f"{size}x{size}_aux_conv"](jax.nn.silu(self.dec[f"{size}x{size}_aux_norm"](x)))
+
+    def bottleneck(self, x: Array, noise_label: Array, cond: Cond | None = None) -> Array:
+        """The encoder's last state, its channels averaged: (B, h w)."""
+        return _channel_mean(self._encode(x, noise_label, cond or {}, Keys(None))[0])
+
+    def _encode(self, x: Array, noise_label: Array, cond: Cond, keys: Keys) -> tuple:
         _check_input(self, x, cond)
         embedding = self._embed(noise_label, cond)
         step_embedding = _embed_step(self, cond, embedding, swap=True, channels=self.noise_channels)
-        skips, aux, keys = [], x, _Keys(key)
+        skips, aux = [], x
         for name in self.enc_names:
             block = self.enc[name]
             if name.endswith("aux_residual"):
@@ -179,16 +111,14 @@ class SongUNet(nnx.Module):
                 continue
             x = block(x, embedding, step_embedding, keys.next()) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
-        x = _decode(self, x, skips, embedding, step_embedding, keys)
-        size = self.image_size
-        return self.dec[f"{size}x{size}_aux_conv"](jax.nn.silu(self.dec[f"{size}x{size}_aux_norm"](x)))
+        return x, skips, embedding, step_embedding, keys
 
     def _embed(self, noise_label: Array, cond: Cond) -> Array:
         if self.map_noise is None:
             embedding = embeddings.positional(noise_label, self.noise_channels, endpoint=True)
         else:
             embedding = self.map_noise(noise_label)
-        embedding = embeddings.swap_halves(embedding)
+        embedding = _add_guidance(self, cond, embeddings.swap_halves(embedding))
         if self.num_classes:
             # one-hot vectors of unit variance per entry
             embedding = embedding + self.map_label(_one_hot(self, cond, embedding) * math.sqrt(self.num_classes))
@@ -214,6 +144,7 @@ class DhariwalUNet(nnx.Module):
         dropout: float = 0.1,
         step_condition: bool = False,
         zero_init_step: bool = False,
+        guidance_condition: bool = False,
         dtype: Any = None,
         *,
         rngs: nnx.Rngs,
@@ -229,6 +160,8 @@ class DhariwalUNet(nnx.Module):
         )  # fmt: skip
         if augment_dim:
             self.map_augment = Linear(augment_dim, channels, bias=False, init=zero, rngs=rngs)
+        if guidance_condition:
+            self.map_guidance = _guidance_layer(channels, rngs)
         self.map_layer0 = Linear(channels, width, init=init, rngs=rngs)
         self.map_layer1 = Linear(width, width, init=init, rngs=rngs)
         if num_classes:
@@ -245,9 +178,18 @@ class DhariwalUNet(nnx.Module):
         self.out_conv = Conv(last, out_channels, 3, init=zero, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
-        cond = cond or {}
+        x, skips, *rest = self._encode(x, noise_label, cond or {}, Keys(key))
+        x = _decode(self, x, skips, *rest)
+        return self.out_conv(jax.nn.silu(self.out_norm(x)))
+
+    def bottleneck(self, x: Array, noise_label: Array, cond: Cond | None = None) -> Array:
+        """The encoder's last state, its channels averaged: (B, h w)."""
+        return _channel_mean(self._encode(x, noise_label, cond or {}, Keys(None))[0])
+
+    def _encode(self, x: Array, noise_label: Array, cond: Cond, keys: Keys) -> tuple:
         _check_input(self, x, cond)
         embedding = embeddings.positional(noise_label, self.channels)
+        embedding = _add_guidance(self, cond, embedding)
         if cond.get("augment") is not None:
             embedding = embedding + self.map_augment(cond["augment"])
         embedding = self.map_layer1(jax.nn.silu(self.map_layer0(embedding)))
@@ -255,32 +197,12 @@ class DhariwalUNet(nnx.Module):
             embedding = embedding + self.map_label(_one_hot(self, cond, embedding))
         embedding = jax.nn.silu(embedding)
         step_embedding = _embed_step(self, cond, embedding, swap=False, channels=self.channels)
-        skips, keys = [], _Keys(key)
+        skips = []
         for name in self.enc_names:
             block = self.enc[name]
             x = block(x, embedding, step_embedding, keys.next()) if isinstance(block, UNetBlock) else block(x)
             skips.append(x)
-        x = _decode(self, x, skips, embedding, step_embedding, keys)
-        return self.out_conv(jax.nn.silu(self.out_norm(x)))
-
-
-class _Keys:
-    """One dropout key a block, or None for all."""
-
-    def __init__(self, key: Key | None):
-        self.key, self.index = key, 0
-
-    def next(self) -> Key | None:
-        self.index += 1
-        return None if self.key is None else jax.random.fold_in(self.key, self.index)
-
-
-def dropout(x: Array, probability: float, key: Key | None) -> Array:
-    """Inverted dropout; none without a key. Srivastava 2014."""
-    if key is None or probability == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - probability, x.shape)
-    return jnp.where(keep, x / (1 - probability), 0)
+        return x, skips, embedding, step_embedding, keys
 
 
 def _encoder(
@@ -336,7 +258,7 @@ def _keep(net, enc: dict[str, nnx.Module], dec: dict[str, nnx.Module]) -> None:
     net.enc, net.dec = nnx.Dict(enc), nnx.Dict(dec)
 
 
-def _decode(net, x: Array, skips: list[Array], embedding: Array, step_embedding: Array | None, keys: _Keys) -> Array:
+def _decode(net, x: Array, skips: list[Array], embedding: Array, step_embedding: Array | None, keys: Keys) -> Array:
     for name in net.dec_names:
         block = net.dec[name]
         if isinstance(block, UNetBlock):
@@ -347,11 +269,11 @@ def _decode(net, x: Array, skips: list[Array], embedding: Array, step_embedding:
 
 
 def _embed_step(net, cond: Cond, embedding: Array, swap: bool, channels: int) -> Array | None:
-    """The embedding (B, width) of SFD-v's N, None where it is not given. Zhou 2024, released code."""
-    steps = cond.get("num_steps")
-    if steps is None:
+    """The embedding (B, width) of the step condition, None where it is not given. Zhou 2024, released code."""
+    step = cond.get("step")
+    if step is None:
         return None
-    raw = embeddings.positional(jnp.asarray(steps, embedding.dtype).reshape(1), channels, endpoint=swap)
+    raw = embeddings.positional(jnp.asarray(step, embedding.dtype).reshape(1), channels, endpoint=swap)
     raw = embeddings.swap_halves(raw) if swap else raw
     out = jax.nn.silu(net.map_step_layer1(jax.nn.silu(net.map_step_layer0(raw))))
     return jnp.broadcast_to(out, (embedding.shape[0], out.shape[-1]))
@@ -369,5 +291,23 @@ def _check_input(net, x: Array, cond: Cond) -> None:
     expected = (net.image_size, net.image_size, net.in_channels)
     if x.shape[1:] != expected:
         raise ValueError(f"found images of shape {x.shape[1:]}, expected {expected}")
-    if cond.get("num_steps") is not None and not net.step_condition:
-        raise ValueError("cond['num_steps'] is given and this network has no step condition: set model.step_condition")
+    if cond.get("step") is not None and not net.step_condition:
+        raise ValueError("cond['step'] is given and this network has no step condition: set model.step_condition=True")
+
+
+def _channel_mean(x: Array) -> Array:
+    return jnp.mean(x, axis=-1).reshape(x.shape[0], -1)
+
+
+def _guidance_layer(channels: int, rngs: nnx.Rngs) -> Linear:
+    return Linear(channels, channels, bias=False, init=Init(weight=0.0), rngs=rngs)
+
+
+def _add_guidance(net, cond: Cond, embedding: Array) -> Array:
+    """The noise embedding (B, channels), with that of the guidance scale where it is given. Meng 2023, section 3.1."""
+    scale = cond.get("guidance_scale")
+    if scale is None:
+        return embedding
+    if not hasattr(net, "map_guidance"):
+        raise ValueError("cond['guidance_scale'] is given to a network without it: set model.guidance_condition=True")
+    return embedding + net.map_guidance(embeddings.positional(scale.astype(embedding.dtype), embedding.shape[-1]))

@@ -18,7 +18,8 @@ _FREQUENCIES = 32  # pairs of sine and cosine; noise labels (a quarter of log si
 
 
 def _fourier_features(noise_label: Array) -> Array:
-    """(B,) -> (B, 2 * _FREQUENCIES), periods from 8 (the whole range) down to 1/16."""
+    """(B,) -> (B, 2 * _FREQUENCIES), periods from 8 (the whole range) down to 1/16. Step conditions and guidance
+    scales, of the same size, are embedded in the same way."""
     frequencies = jnp.geomspace(2 * jnp.pi / 8, 2 * jnp.pi * 16, _FREQUENCIES, dtype=noise_label.dtype)
     angles = noise_label[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
@@ -51,7 +52,9 @@ class ResidualMLP(nnx.Module):
     """Raw network F: x (B, H, W, C), noise_label (B,) -> (B, H, W, C), float32.
 
     cond["label"] (B,) int in 0..num_classes selects the class, num_classes (also where absent) is
-    the null class. `key` switches dropout (probability `dropout`) on.
+    the null class. With `step_condition` cond["step"] (a scalar) is added to the embedding, from zero weights with
+    `zero_init_step`; with `guidance_condition` cond["guidance_scale"] (B,), from zero weights. `key` switches dropout
+    (probability `dropout`) on.
     """
 
     def __init__(
@@ -61,6 +64,9 @@ class ResidualMLP(nnx.Module):
         depth: int,
         num_classes: int = 0,
         dropout: float = 0.0,
+        step_condition: bool = False,
+        zero_init_step: bool = False,
+        guidance_condition: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
@@ -70,25 +76,52 @@ class ResidualMLP(nnx.Module):
         self.noise_out = nnx.Linear(width, width, rngs=rngs)
         if num_classes:
             self.label_embedding = nnx.Embed(num_classes + 1, width, rngs=rngs)
+        self.condition_names = ("step",) * step_condition + ("guidance_scale",) * guidance_condition
+        zero = nnx.initializers.zeros_init()
+        if step_condition:
+            self.step_in = nnx.Linear(2 * _FREQUENCIES, width, rngs=rngs)
+            self.step_out = nnx.Linear(width, width, **({"kernel_init": zero} if zero_init_step else {}), rngs=rngs)
+        if guidance_condition:
+            self.guidance_in = nnx.Linear(2 * _FREQUENCIES, width, rngs=rngs)
+            self.guidance_out = nnx.Linear(width, width, kernel_init=zero, rngs=rngs)
         self.image_in = nnx.Linear(pixels, width, rngs=rngs)
         self.blocks = nnx.List([_Block(width, rngs=rngs) for _ in range(depth)])
         self.image_out = nnx.Linear(width, pixels, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
-        cond = cond or {}
-        batch = x.shape[0]
-        if x.shape[1:] != self.image_shape:
-            raise ValueError(f"found images of shape {x.shape[1:]}, expected {self.image_shape}: set config.data to match")
-        embedding = self.noise_out(jax.nn.silu(self.noise_in(_fourier_features(noise_label))))
-        if self.num_classes:
-            null = jnp.full((batch,), self.num_classes, jnp.int32)
-            embedding = embedding + self.label_embedding(cond.get("label", null))
-        embedding = jax.nn.silu(embedding)
-        h = self.image_in(x.reshape(batch, -1))
-        for i, block in enumerate(self.blocks):
-            h = block(h, embedding, self._keep_mask(key, i, batch, 2 * h.shape[-1]))
+        h = self._hidden(x, noise_label, cond or {}, key, len(self.blocks))
         zero = jnp.zeros((1, 1), h.dtype)
         return self.image_out(_modulate(h, zero, zero)).reshape(x.shape)
+
+    def bottleneck(self, x: Array, noise_label: Array, cond: Cond | None = None) -> Array:
+        """The state half way through, normalised: (B, width)."""
+        h = self._hidden(x, noise_label, cond or {}, None, len(self.blocks) // 2)
+        zero = jnp.zeros((1, 1), h.dtype)
+        return _modulate(h, zero, zero)
+
+    def _hidden(self, x: Array, noise_label: Array, cond: Cond, key: Key | None, depth: int) -> Array:
+        if x.shape[1:] != self.image_shape:
+            raise ValueError(f"found images of shape {x.shape[1:]}, expected {self.image_shape}: set config.data to match")
+        embedding = self._embed(noise_label, cond)
+        h = self.image_in(x.reshape(x.shape[0], -1))
+        for i, block in enumerate(self.blocks[:depth]):
+            h = block(h, embedding, self._keep_mask(key, i, x.shape[0], 2 * h.shape[-1]))
+        return h
+
+    def _embed(self, noise_label: Array, cond: Cond) -> Array:
+        embedding = self.noise_out(jax.nn.silu(self.noise_in(_fourier_features(noise_label))))
+        if self.num_classes:
+            null = jnp.full(noise_label.shape, self.num_classes, jnp.int32)
+            embedding = embedding + self.label_embedding(cond.get("label", null))
+        for name, prefix in (("step", "step"), ("guidance_scale", "guidance")):
+            if cond.get(name) is None:
+                continue
+            if name not in self.condition_names:
+                raise ValueError(f"cond[{name!r}] is given to a network without it: set model.{prefix}_condition=True")
+            value = jnp.broadcast_to(cond[name], noise_label.shape).astype(noise_label.dtype)
+            hidden = getattr(self, f"{prefix}_in")(_fourier_features(value))
+            embedding = embedding + getattr(self, f"{prefix}_out")(jax.nn.silu(hidden))
+        return jax.nn.silu(embedding)
 
     def _keep_mask(self, key: Key | None, block: int, batch: int, width: int) -> Array | None:
         if key is None or self.dropout == 0.0:

@@ -15,15 +15,17 @@ from flax import nnx
 from diffjax.core.types import Key, Network, Params
 
 
-def functionalize(constructor: Callable[[nnx.Rngs], nnx.Module]) -> tuple[Network, Callable[[Key], Params]]:
+def functionalize(
+    constructor: Callable[[nnx.Rngs], nnx.Module], method: str = "__call__"
+) -> tuple[Network, Callable[[Key], Params]]:
     """(network, init) of the module that `constructor(rngs)` makes; nothing is computed here.
 
-    network(params, *args) is the module's call with these parameters; init(key) makes them.
+    network(params, *args) is the module's `method` with these parameters; init(key) makes them.
     """
     graph, _ = nnx.split(nnx.eval_shape(lambda: constructor(nnx.Rngs(0))))
 
     def network(params: Params, *args: Any, **kwargs: Any) -> Any:
-        return nnx.merge(graph, params)(*args, **kwargs)
+        return getattr(nnx.merge(graph, params), method)(*args, **kwargs)
 
     def init(key: Key) -> Params:
         return nnx.to_pure_dict(nnx.state(constructor(nnx.Rngs(key))))

@@ -1,11 +1,12 @@
 """Sampling of students that need one to five network calls (Zhou 2024, SFD).
 
 A student is sampled exactly as it was trained: Euler steps between the N trained noise levels, the first call
-replaced by the analytical first step (AFS, Dockhorn 2022) where it was trained so, and, for one student that serves
-several N, the N it should act for as a constant condition.
+replaced by the analytical first step (AFS, Dockhorn 2022) where it was trained so, and one student that serves
+several N is told where it is.
 
-    plan = student_plan(4, sigma_min=0.006, sigma_max=80.0, afs=True)      # 4 levels, 3 steps, 2 network calls
-    x = sample(at_num_steps(denoise, 4), params, noise * 80.0, plan)       # plain `denoise` if trained for one N
+    plan = student_plan(4, sigma_min=0.006, sigma_max=80.0, afs=True)          # 4 levels, 3 steps, 2 network calls
+    denoise = with_step_condition(denoise, "num_steps", plan.sigmas)           # as it was trained: "" for one N
+    x = sample(denoise, params, noise * 80.0, plan)
 
 >>> student_plan(4, sigma_min=0.006, sigma_max=80.0, afs=True).nfe
 2
@@ -16,6 +17,8 @@ import numpy as np
 
 from diffjax.core import grids, solvers
 from diffjax.core.types import Array, Cond, Denoiser, Key, Params
+
+STEP_CONDITIONS = ("", "num_steps", "next_level")
 
 
 def student_grid(
@@ -54,16 +57,26 @@ def check_num_steps(num_steps: int, afs: bool) -> None:
         )
 
 
-def at_num_steps(denoise: Denoiser, num_steps: int) -> Denoiser:
-    """`denoise` with the step condition held at N = `num_steps`, as a scalar float32 cond["num_steps"].
+def with_step_condition(denoise: Denoiser, kind: str, sigmas: np.ndarray) -> Denoiser:
+    """`denoise` that is told its place on the grid `sigmas` (N,), as a scalar float32 cond["step"].
 
-    Zhou 2024: the condition of a student for several N (SFD-v) is N itself, constant along the trajectory. Wrap before
-    guidance, so that both of its branches have the condition.
+    "num_steps": N itself, the same at every level (Zhou 2024, SFD-v). "next_level": log(t_next) / 4, where the step
+    from this level leads (Zhou 2024, the other variant). "": nothing. Wrap before guidance, so that both of its
+    branches have the condition.
     """
+    if kind not in STEP_CONDITIONS:
+        raise ValueError(f"the step condition must be one of {STEP_CONDITIONS}, found {kind!r}")
+    if not kind:
+        return denoise
+    logs = np.log(np.asarray(sigmas, np.float64))
 
     def conditioned(
         params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None
     ) -> Array:
-        return denoise(params, x, sigma, {**(cond or {}), "num_steps": jnp.float32(num_steps)}, key)
+        step = jnp.float32(len(logs))
+        if kind == "next_level":
+            here = jnp.argmin(jnp.abs(jnp.log(sigma) - jnp.asarray(logs[:-1], x.dtype)))
+            step = jnp.asarray(logs[1:] / 4, jnp.float32)[here]
+        return denoise(params, x, sigma, {**(cond or {}), "step": step}, key)
 
     return conditioned

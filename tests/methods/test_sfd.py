@@ -18,7 +18,7 @@ GAUSSIAN = {"mean": 0.0, "std": 0.5}
 
 
 def settings(**changes):
-    return dataclasses.replace(sfd.Settings(num_steps=4, batch_size=8, image_shape=(2, 3)), **changes)
+    return dataclasses.replace(sfd.Settings(num_steps=(4,), batch_size=8, image_shape=(2, 3)), **changes)
 
 
 def constant_rate(rate):
@@ -43,9 +43,9 @@ def student_params():
 def run_update(chosen, denoise, params, noise, rate, teacher=gaussian.gaussian_denoiser, cond=None, key=None):
     """One iteration from fresh Adam moments: (state, trace)."""
     optimizer = optax.scale_by_adam()
-    update = sfd.make_update(chosen, teacher, denoise, optimizer)
+    update = sfd.make_update(chosen, chosen.num_steps[0], teacher, denoise, optimizer)
     state = sfd.SFDState(params, optimizer.init(params))
-    return jax.jit(update)(state, gaussian_params(), noise, cond or {}, key, rate)
+    return jax.jit(update)(state, sfd.Frozen(gaussian_params()), noise, cond or {}, key, rate)
 
 
 # Known numbers ---------------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def run_update(chosen, denoise, params, noise, rate, teacher=gaussian.gaussian_d
 )
 def test_initial_loss_on_a_gaussian(num_steps, expected, x64):
     """Every state is a known multiple of x_0 = 80: the losses of the published settings before any training."""
-    chosen = settings(num_steps=num_steps)
+    chosen = settings(num_steps=(num_steps,))
     params = {"gain": jnp.zeros(()), "shift": jnp.zeros((1, 1))}
     _, trace = run_update(chosen, student_denoise, params, jnp.ones((1, 1, 1)), 0.0)
     np.testing.assert_allclose(trace.loss, expected, rtol=5e-7)  # 7 digits are given
@@ -79,7 +79,7 @@ def test_expected_loss_of_drawn_noise():
         chosen, gaussian.gaussian_denoiser, student_denoise, optax.scale_by_adam(), constant_rate(0.0)
     )
     step = jax.jit(method.step)
-    _, metrics = step(method.init(params), gaussian_params(), {}, jax.random.key(0), jnp.int32(0))
+    _, metrics = step(method.init(params), sfd.Frozen(gaussian_params()), {}, jax.random.key(0), jnp.int32(0))
     expected = np.sqrt(2 / np.pi) * 256 * np.array([5.206459e-3, 1.353227e-1, 3.314563e-1])
     # |z| has relative deviation 0.76, averaged over 64 * 256 draws: 0.6 %; three of these
     np.testing.assert_allclose([metrics[f"loss_t{k}"] for k in range(3)], expected, rtol=0.018)
@@ -91,11 +91,11 @@ def test_expected_loss_of_drawn_noise():
 
 def by_hand(chosen, params, noise, targets, rate):
     """Equations (1)-(5) of the module and Adam in NumPy: the gradients of this student are sums of signs."""
-    t = grids.polynomial(chosen.num_steps, chosen.sigma_min, chosen.sigma_max)
+    t = grids.polynomial(chosen.num_steps[0], chosen.sigma_min, chosen.sigma_max)
     gain, shift = 0.0, np.zeros_like(params["shift"])
     m, v, count = [0.0, 0.0 * shift], [0.0, 0.0 * shift], 0
     x, losses, trail = noise * t[0], [], []
-    for k in range(chosen.num_steps - 1):
+    for k in range(chosen.num_steps[0] - 1):
         base = 0.25 * x / (0.25 + t[k] ** 2)
         c_out = 0.5 * t[k] / np.sqrt(t[k] ** 2 + 0.25)
         analytical = chosen.afs and k == 0
@@ -121,7 +121,7 @@ def by_hand(chosen, params, noise, targets, rate):
 
 @pytest.mark.parametrize("afs", [True, False])
 def test_updates_equal_a_loop_written_by_hand(afs, x64):
-    chosen = settings(num_steps=6, afs=afs)
+    chosen = settings(num_steps=(6,), afs=afs)
     noise = jax.random.normal(jax.random.key(1), (8, 2, 3))
     state, trace = run_update(chosen, student_denoise, student_params(), noise, 0.01)
     losses, gain, shift, trail = by_hand(
@@ -164,11 +164,11 @@ def rooted_denoise(params, x, sigma, cond=None, key=None):
 def test_non_finite_gradients(released):
     """One update, N=3: all pixels err to the same side, so no infinity meets its opposite."""
     params = {name: jnp.zeros(()) for name in ("down", "safe", "undefined", "up")}
-    chosen = settings(num_steps=3, released_gradient_rule=released, batch_size=1)
+    chosen = settings(num_steps=(3,), released_gradient_rule=released, batch_size=1)
     method = sfd.make(
         chosen, lambda *_: jnp.full((1, 2, 3), -9.0), rooted_denoise, optax.identity(), constant_rate(1e-5)
     )
-    state, metrics = jax.jit(method.step)(method.init(params), {}, {}, jax.random.key(0), jnp.int32(0))
+    state, metrics = jax.jit(method.step)(method.init(params), sfd.Frozen({}), {}, jax.random.key(0), jnp.int32(0))
     moved = {name: float(value) for name, value in state.params.items()}
     if released:
         assert metrics["nonfinite_leaf"] == -1
@@ -185,7 +185,7 @@ def test_non_finite_gradients(released):
 
 def test_student_equal_to_its_teacher_has_no_loss(x64):
     """K=1, Euler, no AFS. Loss, not weights: L1 with Adam moves weights by the rate on rounding noise."""
-    chosen = settings(num_steps=6, afs=False, teacher_factor=1, teacher_solver="euler", teacher_order=None)
+    chosen = settings(num_steps=(6,), afs=False, teacher_factor=1, teacher_solver="euler", teacher_order=None)
     noise = jax.random.normal(jax.random.key(4), (8, 2, 3))
     _, trace = run_update(chosen, student_denoise, student_params(), noise, 0.0)
     assert np.max(trace.loss) <= 1e-12
@@ -208,7 +208,7 @@ def test_analytical_step_is_an_euler_step(x64):
 def test_second_stage_targets_are_states_of_the_first_student(x64):
     """N=3, K=3, a teacher that is Euler with AFS: states 3 and 6 of its own 7-level trajectory."""
     chosen = settings(
-        num_steps=3, teacher_factor=3, teacher_solver="euler", teacher_order=None, teacher_afs=True
+        num_steps=(3,), teacher_factor=3, teacher_solver="euler", teacher_order=None, teacher_afs=True
     )
     noise = jax.random.normal(jax.random.key(6), (4, 2, 3))
     _, trace = run_update(chosen, student_denoise, student_params(), noise, 0.0)
@@ -250,7 +250,7 @@ def counted(name, counts, denoise):
 def test_network_calls(num_steps, factor, afs):
     """An iteration costs K(N-1) teacher calls and N-2 student calls with gradient (N-1 without AFS), no more."""
     counts = collections.Counter()
-    chosen = settings(num_steps=num_steps, teacher_factor=factor, afs=afs)
+    chosen = settings(num_steps=(num_steps,), teacher_factor=factor, afs=afs)
     noise = jnp.ones((2, 2, 3))
     student = counted("student", counts, student_denoise)
     teacher = counted("teacher", counts, gaussian.gaussian_denoiser)
@@ -273,13 +273,13 @@ def test_one_program_per_number_of_levels():
 
     optimizer, rate = optax.scale_by_adam(), optim.make_learning_rate(1e-3, 8, 16, "half_drop")
     methods = [
-        sfd.make(settings(num_steps=n), gaussian.gaussian_denoiser, denoise, optimizer, rate) for n in (4, 6)
+        sfd.make(settings(num_steps=(n,)), gaussian.gaussian_denoiser, denoise, optimizer, rate) for n in (4, 6)
     ]
     state = methods[0].init(student_params())
     for method in methods:  # one state serves several N
         before, step = traced["student"], jax.jit(method.step)
         for iteration in range(4):  # over the drop of the learning rate
-            state, metrics = step(state, gaussian_params(), {}, jax.random.key(iteration), jnp.int32(iteration))
+            state, metrics = step(state, sfd.Frozen(gaussian_params()), {}, jax.random.key(iteration), jnp.int32(iteration))
             assert metrics["learning_rate"] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4][iteration], rel=1e-6)
         assert traced["student"] == before + 1
         assert step._cache_size() == 1
@@ -310,16 +310,16 @@ def test_what_each_network_is_told():
 
     def student(params, x, sigma, cond=None, key=None):
         seen["student"].append(sorted(cond))
-        assert cond["num_steps"].shape == () and cond["num_steps"].dtype == jnp.float32
-        return params["scale"] * jnp.full_like(x, jax.random.uniform(key)) + cond["num_steps"]
+        assert cond["step"].shape == () and cond["step"].dtype == jnp.float32
+        return params["scale"] * jnp.full_like(x, jax.random.uniform(key)) + cond["step"]
 
-    chosen = settings(num_steps=5, num_classes=3, step_condition=True)
+    chosen = settings(num_steps=(5,), num_classes=3, step_condition="num_steps")
     cond = {"label": jnp.zeros(4, jnp.int32)}
     params = {"scale": jnp.ones(())}
     _, trace = run_update(
         chosen, student, params, jnp.ones((4, 2, 3)), 0.0, teacher=teacher, cond=cond, key=jax.random.key(8)
     )
-    assert seen["teacher"] == [(["label"], None)] and seen["student"] == [["label", "num_steps"]]
+    assert seen["teacher"] == [(["label"], None)] and seen["student"] == [["label", "step"]]
     t = grids.polynomial(5, 0.006, 80.0)
     ratio = (t[2:] / t[1:-1])[:, None]
     drawn = (trace.student[1:, :, 0, 0] - ratio * trace.student[:-1, :, 0, 0]) / (1 - ratio) - 5.0
@@ -338,7 +338,7 @@ def test_sharded_equals_single():
             optax.identity(), constant_rate(1e-2), batch_sharding=sharding,
         )  # fmt: skip
         state, step = method.init(student_params()), jax.jit(method.step)
-        arguments = (gaussian_params(), {}, jax.random.key(9), jnp.int32(0))
+        arguments = (sfd.Frozen(gaussian_params()), {}, jax.random.key(9), jnp.int32(0))
         assert ("all-reduce" in step.lower(state, *arguments).compile().as_text()) == (sharding is not None)
         results.append(step(state, *arguments))
     # Sums over devices come in another order: float32 rounding of a few hundred terms.

@@ -99,7 +99,7 @@ def test_step_condition_equals_the_original(tag, golden, golden_weights):
     denoise = jax.jit(prediction.edm_denoiser(network))
     x, sigma = _nhwc(arrays[f"{tag}|x"]), jnp.asarray(arrays[f"{tag}|sigma"])
     for step in (None, 4, 6):
-        cond = _cond(arrays, tag) | ({} if step is None else {"num_steps": jnp.float32(step)})
+        cond = _cond(arrays, tag) | ({} if step is None else {"step": jnp.float32(step)})
         _assert_close(denoise(params, x, sigma, cond), arrays[f"{tag}|D|step={step}"], 2e-5)
 
 
@@ -165,7 +165,7 @@ def test_zero_initialised_step_branch_is_the_base_network():
     network, init = functionalize(make)
     params, x = init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
     plain = network(params, x, jnp.zeros(2), {})
-    np.testing.assert_array_equal(plain, network(params, x, jnp.zeros(2), {"num_steps": jnp.float32(4)}))
+    np.testing.assert_array_equal(plain, network(params, x, jnp.zeros(2), {"step": jnp.float32(4)}))
 
 
 def test_dropout_needs_a_key_and_changes_with_it():
@@ -197,6 +197,6 @@ def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match="found images of shape"):
         network(params, jnp.zeros((1, 4, 4, 1)), jnp.zeros(1))
     with pytest.raises(ValueError, match="step_condition"):
-        network(params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), {"num_steps": jnp.float32(4)})
+        network(params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1), {"step": jnp.float32(4)})
     with pytest.raises(ValueError, match="positional or fourier"):
         abstract(lambda rngs: SongUNet(**TINY, embedding="learned", rngs=rngs))

@@ -49,11 +49,11 @@ def test_too_few_levels(num_steps, afs):
 def told(params, x, sigma, cond=None, key=None):
     """D = N + label: shows what it was told."""
     label = jnp.zeros(len(x), jnp.int32) if cond.get("label") is None else cond["label"]
-    return jnp.zeros_like(x) + cond["num_steps"] + label.astype(x.dtype)[:, None]
+    return jnp.zeros_like(x) + cond["step"] + label.astype(x.dtype)[:, None]
 
 
 def test_step_condition_reaches_the_network_beside_the_label():
-    denoise = few_step.at_num_steps(told, 6)
+    denoise = few_step.with_step_condition(told, "num_steps", grids.polynomial(6, 0.006, 80.0))
     x = jnp.zeros((3, 2))
     label = jnp.arange(3, dtype=jnp.int32)
     cond = {"label": label}
@@ -64,7 +64,7 @@ def test_step_condition_reaches_the_network_beside_the_label():
 
 def test_step_condition_reaches_both_branches_of_guidance():
     uncond = functools.partial(guidance.null_label, num_classes=10)
-    guided = guidance.cfg(few_step.at_num_steps(told, 6), 2.0, uncond)
+    guided = guidance.cfg(few_step.with_step_condition(told, "num_steps", grids.polynomial(6, 0.006, 80.0)), 2.0, uncond)
     out = guided({}, jnp.zeros((1, 2)), jnp.float32(1.0), {"label": jnp.array([3], jnp.int32)})
     np.testing.assert_allclose(out, [[6 + 10 + 2 * (3 - 10)] * 2], rtol=1e-6)  # float32
 
