@@ -110,6 +110,19 @@ def make_grid(name: str, num: int, sigma_min: float, sigma_max: float, **options
     return GRIDS[name](num, sigma_min, sigma_max, **options)
 
 
+def check_nested(coarse: np.ndarray, fine: np.ndarray, factor: int) -> None:
+    """Raises ValueError unless every `factor`-th level of `fine` (factor (N-1) + 1,) is one of `coarse` (N,).
+
+    Equal but for float64 rounding through the power rho; a teacher off its student's levels would be a silent bias.
+    """
+    worst = np.max(np.abs(fine[::factor] / coarse - 1))
+    if not worst <= 1e-12:
+        raise ValueError(
+            f"noise level {factor} i of the fine grid must be level i of the coarse grid, found a relative "
+            f"difference of {worst:.1e}: the maps of a discrete grid must not depend on the number of levels"
+        )
+
+
 def _ramp(num: int, first: float, last: float) -> np.ndarray:
     return first + np.arange(num, dtype=np.float64) / (num - 1) * (last - first)
 

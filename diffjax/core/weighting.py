@@ -33,13 +33,19 @@ def min_snr(sigma: Array, gamma: float = 5.0) -> Array:
     return jnp.minimum(1 / sigma**2, gamma)
 
 
+def truncated_snr(sigma: Array, sigma_data: float = 1.0) -> Array:
+    """max(SNR, 1 / sigma_data^2). Salimans & Ho 2022, section 4, with 1, whatever the data."""
+    return jnp.maximum(1 / sigma**2, 1 / sigma_data**2)
+
+
 def sigmoid(sigma: Array, bias: float = 0.0) -> Array:
     """sigmoid(bias - logSNR) on eps, thus / sigma^2 here. Kingma & Gao 2023; Hoogeboom 2024 (Simpler Diffusion)."""
     return jax.nn.sigmoid(bias + 2 * jnp.log(sigma)) / sigma**2
 
 
 WEIGHTINGS: dict[str, Callable[..., Array]] = {
-    "unit": unit, "edm": edm, "eps": eps, "min_snr": min_snr, "sigmoid": sigmoid,
+    "unit": unit, "edm": edm, "eps": eps, "min_snr": min_snr, "truncated_snr": truncated_snr,
+    "sigmoid": sigmoid,
 }  # fmt: skip
 
 

@@ -76,7 +76,7 @@ def make(
         del frozen
         prepare_key, sigma_key, noise_key, label_key, dropout_key = jax.random.split(key, 5)
         batch = dict(batch) if prepare is None else dict(prepare(batch, prepare_key))
-        image = _image(batch)
+        image = take_image(batch)
         cond = drop_labels(label_key, batch, settings.label_dropout, settings.num_classes)
         sigma = noise_levels.draw(sigma_key, image.shape[0], settings.distribution, **settings.distribution_options)
         noise = jax.random.normal(noise_key, image.shape, image.dtype)
@@ -131,8 +131,8 @@ def drop_labels(key: Key, cond: Cond, probability: float, num_classes: int) -> C
     return {**cond, "label": jnp.where(drop, jnp.int32(num_classes), cond["label"])}
 
 
-def _image(batch: dict[str, Array]) -> Array:
-    """The image, taken out of `batch`."""
+def take_image(batch: dict[str, Array]) -> Array:
+    """The image (B, H, W, C), taken out of `batch`. Raises ValueError where there is none, or none to train on."""
     if "image" not in batch:
         raise ValueError(f"the batch must hold 'image', found {sorted(batch)}")
     image = batch.pop("image")

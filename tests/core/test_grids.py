@@ -87,6 +87,18 @@ def test_a_finer_grid_contains_the_coarser_one(name, options, steps_within):
     np.testing.assert_allclose(fine[::steps_within], coarse, rtol=1e-12)
 
 
+    grids.check_nested(coarse, fine, steps_within)
+
+
+def test_a_grid_that_does_not_nest_is_refused():
+    coarse = grids.polynomial(3, 0.1, 1.0)
+    fine = grids.polynomial(5, 0.1, 1.0)
+    fine[2] *= 1 + 1e-9
+    message = "noise level 2 i of the fine grid must be level i .* difference of 1.0e-09: the maps"
+    with pytest.raises(ValueError, match=message):
+        grids.check_nested(coarse, fine, 2)
+
+
 @pytest.mark.parametrize("name, options", ALL)
 def test_grids_decrease_between_exact_ends_in_float64(name, options):
     low, high = 0.1, float(discrete_maps(*STABLE_DIFFUSION)["time_to_sigma"](1.0))

@@ -34,6 +34,8 @@ def test_values(x64):
         ("edm", ()): (SIGMA**2 + 0.25) / (0.5 * SIGMA) ** 2,
         ("min_snr", ()): [5.0, 5.0, 1.0, 1 / 49, 1 / 6400],
         ("min_snr", (("gamma", 20.0),)): [20.0, 1 / 0.09, 1.0, 1 / 49, 1 / 6400],
+        ("truncated_snr", ()): [1e4, 1 / 0.09, 1.0, 1.0, 1.0],
+        ("truncated_snr", (("sigma_data", 0.5),)): [1e4, 1 / 0.09, 4.0, 4.0, 4.0],
         # sigmoid(b - logsnr) = 1 / (1 + exp(-b) SNR), over sigma^2
         ("sigmoid", (("bias", -1.0),)): 1 / (1 + np.e / SIGMA**2) / SIGMA**2,
     }
