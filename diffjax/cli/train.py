@@ -58,7 +58,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, c
     from diffjax.train import loop
     from diffjax.train.state import sampling_params
 
-    workdir = Path(workdir)
+    workdir, config = Path(workdir), build.resolve(config)
     experiment = build.experiment(config)
     state = loop.run(experiment, config, workdir)
     pictures = None if experiment.sample is None else experiment.sample(sampling_params(state))
@@ -80,6 +80,7 @@ def describe(config: ConfigDict, workdir: Path) -> str:
     from diffjax.runtime import checkpoint, configs
     from diffjax.train import loop
 
+    config = build.resolve(config)
     experiment = build.experiment(config)
     settings = loop.Settings.from_config(config.train.to_dict())
     state = jax.eval_shape(experiment.init)

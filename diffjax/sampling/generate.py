@@ -8,7 +8,7 @@ compiled programs (the draws, the sampling) serve any number of them:
     null = functools.partial(guidance.null_label, num_classes=10)
     images = generate(..., guidance_scale=2.0, uncond=null)
 
-The programs are cached on the functions given (`denoise`, `uncond`, `transform`, `finish`) by identity, so make them
+The programs are cached on the functions given (`denoise`, `uncond`, `transform`, `finish`, `sampler`) by identity, so make them
 once. Plan, parameters, seed, labels and guidance scale are traced: changing their values does not recompile. Start
 noise is bit-equal in all cases; outputs are bit-equal for equal chunk sizes on one device, and agree to rounding
 otherwise, since XLA orders the sums of a matrix product by its shape. Several processes each make their own ids.
@@ -63,6 +63,7 @@ def generate_chunks(
     uncond: guidance.Uncond | None = None,
     transform: Callable[[Array], Array] | None = None,
     finish: Callable[[Array], Array] | None = None,
+    sampler: Callable = sample,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield host arrays (b, ...), b <= batch_size, of the samples `sample_ids` in order, each of `shape` (H, W, C).
@@ -71,6 +72,7 @@ def generate_chunks(
     num_classes        labels are drawn per sample where cond has none; given labels must be 0..num_classes
     guidance_scale     see `guidance.cfg`; None is no guidance. Needs `uncond`; `guidance_interval` is (low, high]
     transform, finish  of each D, and of the final samples (B, ...) inside the compiled program, as `to_uint8`
+    sampler            follows the plan, with the signature of `sampling.sample.sample`
     mesh               splits every chunk over its axis "data"; parameters are copied to all its devices, unless they
                        are already laid out on them
     Raises ValueError, before any sampling, for a seed or ids outside 0..2^32-1, lengths or sizes that do not fit,
@@ -87,7 +89,7 @@ def generate_chunks(
     if mesh is not None:
         params = _on_mesh(params, mesh)
     draw = num_classes if num_classes is not None and "label" not in cond else None
-    fixed = (denoise, uncond if scale is not None else None, transform, finish)
+    fixed = (sampler, denoise, uncond if scale is not None else None, transform, finish)
 
     def make(ids: Array, cond: dict[str, Array]) -> Array:
         x, cond, key = _start(tuple(shape), draw, plan.noise is not None, mesh, np.uint32(seed), ids, cond)
@@ -142,9 +144,9 @@ def _start(
     return x, cond, _stream(seed, ids, "solver") if stochastic else None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _chunk(
-    denoise: Denoiser, uncond: guidance.Uncond | None, transform: Callable | None, finish: Callable | None,
+    sampler: Callable, denoise: Denoiser, uncond: guidance.Uncond | None, transform: Callable | None, finish: Callable | None,
     params: Params, plan: Plan, x: Array, key: Key | None, cond: dict, scale: Array | None,
     interval: tuple[Array, Array] | None,
 ) -> Array:  # fmt: skip
@@ -154,7 +156,7 @@ def _chunk(
     elif uncond is not None:
         denoise = guidance.interval(denoise, scale, uncond, *interval)
     x = x * jnp.asarray(plan.sigmas[0], x.dtype)
-    x = sample(denoise, params, x, plan, cond or None, key=key, transform=transform)
+    x = sampler(denoise, params, x, plan, cond or None, key=key, transform=transform)
     return x if finish is None else finish(x)
 
 

@@ -110,7 +110,7 @@ def test_teacher_levels_that_miss_the_students():
         "sigma_to_time": lambda sigma: np.log(sigma / 0.003) / np.log(80.0 / 0.003),
         "time_to_sigma": lambda tau: 0.003 * (80.0 / 0.003) ** np.where(tau < 1, tau * (1 - 1e-3 / len(tau)), tau),
     }
-    with pytest.raises(ValueError, match="every 4th noise level of the teacher .* found a relative difference"):
+    with pytest.raises(ValueError, match="noise level 4 i of the fine grid .* found a relative"):
         sfd.make(
             settings(grid="discrete", rho=1.0), gaussian.gaussian_denoiser, gain_denoise,
             optax.scale_by_adam(), None, grid_options=maps,

@@ -1,0 +1,91 @@
+"""From a config to the objects that it names: the one place where data, models, methods and the loop meet.
+
+Every `name` in a config selects a function from a dict of `networks` or `methods`; the rest of its section are
+that function's options, so a signature is the list of what may be set.
+
+    experiment(config)      what `train.loop.run` trains
+    load_run(workdir)       a trained run, ready to sample
+    run_plan(run)           the sampling plan it was trained for, or of its `sample` section
+    draw(run, plan, ...)    seeds to images
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.build import methods
+from diffjax.build.methods import teacher_targets
+from diffjax.build.networks import data_shape, denoiser
+from diffjax.build.runs import Run, draw, load_run, plan, resolve, run_plan, trained_steps
+from diffjax.core import names
+from diffjax.core.types import Params
+from diffjax.data import sources
+from diffjax.sampling import generate
+from diffjax.train import ema, loop, step
+from diffjax.train import state as train_state
+
+__all__ = [
+    "SECTIONS", "Run", "all_images", "data_shape", "denoiser", "draw", "experiment", "load_run", "plan", "resolve",
+    "run_plan", "teacher_targets", "trained_steps",
+]  # fmt: skip
+
+SECTIONS = ("seed", "data", "model", "method", "optim", "ema", "train", "sample", "allow_config_change")
+_SAMPLES_SHOWN = 36  # images of a sample grid during training
+
+
+def experiment(config: ConfigDict) -> loop.Experiment:
+    """The experiment that `config` describes; data and teacher are opened, nothing is computed.
+
+    Raises ValueError for unknown sections, names or options, FileNotFoundError for absent data, CheckpointError
+    for an absent teacher.
+    """
+    for key in config:
+        if key not in SECTIONS:
+            raise ValueError(f"unknown section config.{key}; {names.nearest(key, SECTIONS)}")
+    absent = [key for key in ("seed", "data", "model", "method", "optim", "train") if key not in config]
+    if absent:
+        raise ValueError(f"the config lacks {absent}; see configs/quick/edm_digits.py for a complete one")
+    loop.Settings.from_config(config.train.to_dict())
+    make = names.lookup(methods.METHODS, config.method.get("name"), "method")
+    parts = make(resolve(config))
+    average = config.get("ema", ConfigDict({"halflife_images": 0})).to_dict()
+    decay = ema.make_decay(config.train.batch_size, **average)
+
+    def init() -> train_state.TrainState:
+        return train_state.create(parts.method, parts.init_params(), config.seed, averaged=decay is not None)
+
+    return loop.Experiment(
+        init=init,
+        step=step.make_train_step(parts.method, decay),
+        frozen=parts.frozen,
+        batches=parts.batches,
+        batch_size=config.train.batch_size,
+        sample=None if parts.plan is None else _sampler(config, parts),
+    )
+
+
+def _sampler(config: ConfigDict, parts: methods.Parts) -> Callable[[Params], np.ndarray]:
+    """Parameters to the uint8 images of a sample grid, the same seeds each time."""
+
+    def sample(params: Params) -> np.ndarray:
+        return generate.generate(
+            parts.denoise,
+            parts.with_frozen(params),
+            parts.plan,
+            range(_SAMPLES_SHOWN),
+            parts.data.shape,
+            batch_size=_SAMPLES_SHOWN,
+            seed=config.seed,
+            num_classes=parts.data.num_classes or None,
+            finish=generate.to_uint8,
+            sampler=parts.sampler,
+        )
+
+    return sample
+
+
+def all_images(data: ConfigDict) -> np.ndarray:
+    """Every image (N, H, W, C) of a `data` section, as stored: uint8, or float32 in [-1, 1]."""
+    source = methods.source_of(data)
+    return sources.read(source, range(len(source)))["image"]

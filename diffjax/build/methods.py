@@ -1,0 +1,291 @@
+"""Training methods by the names of a `method` section, married with networks, data and teachers."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from diffjax.build import networks, runs
+from diffjax.core import names, rng, trees
+from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Params
+from diffjax.data import loader, sources, trajectories, transforms
+from diffjax.methods import amed, edm, pd, sfd
+from diffjax.metrics import lpips
+from diffjax.runtime import mesh
+from diffjax.sampling.sample import sample as follow_plan
+from diffjax.train import optim
+from diffjax.weights import torch_file
+
+
+class Parts(NamedTuple):
+    """What a method contributes to an experiment; `plan` None: it draws no sample grids."""
+
+    method: Method
+    init_params: Callable[[], Params]
+    frozen: Any
+    batches: Callable[[], loader.Batches]
+    denoise: Denoiser
+    data: sources.DataShape
+    plan: Any
+    sampler: Callable = follow_plan
+    with_frozen: Callable[[Params], Params] = lambda params: params  # the trained parameters -> those of the sampler
+
+
+# From data -----------------------------------------------------------------------------------------------------
+
+
+def _edm(config: ConfigDict) -> Parts:
+    shape = networks.data_shape(config.data)
+    denoise, init = networks.denoiser(config.model, shape)
+    options = without(config.method, "name")
+    if options.get("weighting", "edm") == "edm":
+        options["weighting_options"] = {"sigma_data": config.model.get("sigma_data", 0.5)}
+    names.check_options(edm.Settings, options, "config.method")
+    settings = edm.Settings(**options, num_classes=shape.num_classes)
+    return Parts(
+        method=edm.make(settings, denoise, *_optimizer(config), prepare=_prepare(config)),
+        init_params=lambda: init(rng.stream(config.seed, "init")),
+        frozen={},
+        batches=_batches(config),
+        denoise=denoise,
+        data=shape,
+        plan=runs.plan(config.sample) if "sample" in config else None,
+    )
+
+
+def _pd(config: ConfigDict) -> Parts:
+    teacher = runs.load_run(config.method.teacher)
+    options = _settings_options(config, pd.Settings, "num_steps")
+    if config.method.get("stage") == "match" and not teacher.null_class:
+        raise ValueError(
+            f"method.stage='match' guides its teacher, and {config.method.teacher} was trained without a null class: "
+            "train it with config.method.label_dropout > 0"
+        )
+    if bool(options.get("guidance_range")) != bool(config.model.get("guidance_condition", False)):
+        raise ValueError("method.guidance_range and model.guidance_condition go together: set both, or none")
+    settings = pd.Settings(**options, num_steps=config.method.num_steps, num_classes=teacher.data.num_classes)
+    denoise, init_params = _student(config, teacher)
+    return Parts(
+        method=pd.make(settings, teacher.denoise, denoise, *_optimizer(config), _prepare(config)),
+        init_params=init_params,
+        frozen=teacher.params,
+        batches=_batches(config),
+        denoise=denoise,
+        data=teacher.data,
+        plan=None if options.get("guidance_range") else runs.student_plan(config.method),
+    )
+
+
+def _batches(config: ConfigDict) -> Callable[[], loader.Batches]:
+    source = source_of(config.data)
+    return lambda: loader.make_batches(source, config.train.batch_size, config.seed)
+
+
+def source_of(data: ConfigDict) -> sources.Source:
+    """The images of a `data` section."""
+    drawn = ("flip", "augment_probability", "null_class")
+    options = without(data, "name", "image_size", "channels", "num_classes", *drawn)
+    return sources.load(data.name, networks.data_shape(data), **options)
+
+
+def _prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
+    """Augmentation on the device, from what the loader gives to what the objective takes."""
+    flip, probability = config.data.get("flip", False), config.data.get("augment_probability", 0.0)
+    if probability and not config.model.get("augment_dim"):
+        raise ValueError("data.augment_probability needs model.augment_dim = 9: the network is told what was done")
+
+    def prepare(batch: Batch, key: Key) -> Batch:
+        image = transforms.to_float(batch["image"])
+        rest = {name: value for name, value in batch.items() if name != "image"}
+        if flip:
+            image = transforms.flip(image, jax.random.fold_in(key, 0))
+        if probability:
+            image, rest["augment"] = transforms.augment(image, jax.random.fold_in(key, 1), probability)
+        return {"image": image, **rest}
+
+    return prepare
+
+
+# From a teacher ------------------------------------------------------------------------------------------------
+
+
+def _sfd(config: ConfigDict) -> Parts:
+    teacher = runs.load_run(config.method.teacher)
+    settings = sfd_settings(config, teacher)
+    denoise, init_params = _student(config, teacher)
+    distance, distance_params = _perceptual(config)
+    cache = config.method.get("trajectories", "")
+    method = sfd.make(
+        settings, sfd_teacher(settings, teacher), denoise, *_optimizer(config), perceptual=distance,
+        batch_sharding=_batch_sharding(config),
+    )  # fmt: skip
+    plan = runs.student_plan(config.method)
+    told = runs.Run(config, denoise, {}, 0, teacher.data)
+    return Parts(
+        method=method,
+        init_params=init_params,
+        frozen=sfd.Frozen({} if cache else teacher.params, distance_params),
+        batches=(lambda: trajectories.Cached(cache, trajectories_for(config, teacher, settings))) if cache else loader.NoData,
+        denoise=runs.sampling_denoiser(told, plan),
+        data=teacher.data,
+        plan=plan,
+    )
+
+
+def sfd_settings(config: ConfigDict, teacher: runs.Run) -> sfd.Settings:
+    """The settings of a `method` section. Raises ValueError for unknown keys."""
+    options = _settings_options(config, sfd.Settings, "num_steps", "perceptual", "trajectories")
+    return sfd.Settings(
+        **options, num_steps=runs.trained_steps(config.method), batch_size=config.train.batch_size,
+        image_shape=teacher.data.shape, num_classes=teacher.data.num_classes,
+    )  # fmt: skip
+
+
+def trajectories_for(config: ConfigDict, teacher: runs.Run, settings: sfd.Settings) -> dict[str, Any]:
+    """What cached targets depend on: seed, teacher, and the settings that are not the student's."""
+    students = ("step_condition", "released_gradient_rule", "accumulate")
+    fields = {name: value for name, value in dataclasses.asdict(settings).items() if name not in students}
+    return {"seed": config.seed, "teacher": config.method.teacher, "teacher_step": teacher.step, **fields}
+
+
+def teacher_targets(config: ConfigDict) -> tuple[Callable[[int], np.ndarray], dict[str, Any]]:
+    """(targets, made_for) of `data.trajectories.write` for a config of SFD: step -> what its teacher answers."""
+    config = runs.resolve(config)
+    if config.method.name != "sfd":
+        raise ValueError(f"trajectories are cached for method 'sfd', found {config.method.name!r}")
+    teacher = runs.load_run(config.method.teacher)
+    settings = sfd_settings(config, teacher)
+    compute = jax.jit(sfd.make_targets(settings, sfd_teacher(settings, teacher)))
+
+    def targets(step: int) -> np.ndarray:
+        return np.asarray(compute(teacher.params, rng.stream(config.seed, "train", jnp.uint32(step))))
+
+    return targets, trajectories_for(config, teacher, settings)
+
+
+def sfd_teacher(settings: sfd.Settings, teacher: runs.Run) -> Denoiser:
+    """The teacher's network as SFD calls it. A teacher that is a student itself (second stage) must be asked for the
+    trajectory that it was trained for; raises ValueError otherwise."""
+    own = teacher.config.method
+    if own.name != "sfd":
+        return teacher.denoise
+    (num, *more), factor = settings.num_steps, settings.teacher_factor
+    levels = factor * (num - 1) + 1
+    have = {"num_steps": runs.trained_steps(own), "afs": own.get("afs", True)}
+    have |= {key: own.get(key, getattr(sfd.Settings, key)) for key in ("sigma_min", "sigma_max", "grid", "rho")}
+    want = {key: getattr(settings, key) for key in ("sigma_min", "sigma_max", "grid", "rho")}
+    fits = levels in have["num_steps"] and settings.teacher_afs == have["afs"] and settings.teacher_solver == "euler"
+    if more or not fits or any(have[key] != value for key, value in want.items()):
+        raise ValueError(
+            f"the teacher is a student trained for {have} with Euler steps; found num_steps={settings.num_steps} and "
+            f"teacher_factor={factor}, which ask it for {levels} noise levels, with teacher_solver="
+            f"{settings.teacher_solver!r}, teacher_afs={settings.teacher_afs}, {want}: make them agree, for example "
+            "num_steps=3, teacher_factor=3 for a student of num_steps=7"
+        )
+    return runs.sampling_denoiser(teacher, runs.student_plan(own, levels))
+
+
+def _perceptual(config: ConfigDict) -> tuple[Callable | None, Params]:
+    """(distance, its parameters) of the section method.perceptual, (None, {}) without it or without a network.
+
+    parity: as released, pixels in [-1, 1] are taken for [0, 1] (see `metrics.lpips`).
+    """
+    options = config.method.get("perceptual", ConfigDict()).to_dict()
+    network = options.pop("network", "")
+    if not network:
+        return None, {}
+    backbone, parity = options.pop("backbone", ""), options.pop("parity", True)
+    if not backbone:
+        raise ValueError(
+            "method.perceptual.backbone is empty: give torchvision's file of the network, for example "
+            "--config.method.perceptual.backbone=vgg16-397923af.pth, or train on L1 alone with "
+            "--config.method.perceptual.network="
+        )
+    linear = options.pop("linear", "") or None
+    lpips_distance, params = lpips.load(network, backbone, linear, read=torch_file.load, **options)
+
+    def distance(params: Params, a: Array, b: Array) -> Array:
+        # one channel is shown as grey
+        a, b = (jnp.broadcast_to(x, (*x.shape[:-1], 3)) if x.shape[-1] == 1 else x for x in (a, b))
+        return lpips_distance(params, 2 * a - 1, 2 * b - 1) if parity else lpips_distance(params, a, b)
+
+    return distance, params
+
+
+def _amed(config: ConfigDict) -> Parts:
+    teacher = runs.load_run(config.method.teacher)
+    options = _settings_options(config, amed.Settings, "num_steps")
+    settings = amed.Settings(
+        **options, num_steps=config.method.num_steps, batch_size=config.train.batch_size,
+        image_shape=teacher.data.shape, num_classes=teacher.data.num_classes,
+    )  # fmt: skip
+    features, predict, init = runs.amed_functions(config, teacher.data)
+    sampler, _ = runs.amed_parts(config, teacher.data)
+    method = amed.make(settings, teacher.denoise, features, predict, *_optimizer(config))
+    return Parts(
+        method=method,
+        init_params=lambda: init(rng.stream(config.seed, "init")),
+        frozen=teacher.params,
+        batches=loader.NoData,
+        denoise=teacher.denoise,
+        data=teacher.data,
+        plan=runs.student_plan(config.method),
+        sampler=sampler,
+        with_frozen=lambda params: {"teacher": teacher.params, "predictor": params},
+    )
+
+
+def _student(config: ConfigDict, teacher: runs.Run) -> tuple[Denoiser, Callable[[], Params]]:
+    """The student's network and its first weights: the teacher's, and fresh ones for conditions that are new."""
+    if config.model == teacher.config.model:
+        return teacher.denoise, lambda: teacher.params
+    denoise, init = networks.denoiser(config.model, teacher.data)
+
+    def init_params() -> Params:
+        fresh = init(rng.stream(config.seed, "init"))
+        flat, have = trees.flatten(fresh), trees.flatten(teacher.params)
+        new = {path for path in flat if path not in have and any(name in path for name in _CONDITION_LAYERS)}
+        expected = {path: leaf for path, leaf in flat.items() if path not in new}
+        trees.check(expected, have, f"the teacher in {config.method.teacher}, as a student of config.model,")
+        return jax.tree.unflatten(jax.tree.structure(fresh), [have.get(path, leaf) for path, leaf in flat.items()])
+
+    return denoise, init_params
+
+
+_CONDITION_LAYERS = ("map_step_", "affine_step", "map_guidance", "step_in", "step_out", "guidance_in", "guidance_out")
+
+
+# Common --------------------------------------------------------------------------------------------------------
+
+
+METHODS: dict[str, Callable[[ConfigDict], Parts]] = {"edm": _edm, "sfd": _sfd, "pd": _pd, "amed": _amed}
+
+
+def _settings_options(config: ConfigDict, settings: type, *apart: str) -> dict[str, Any]:
+    """The options of a `method` section that are fields of `settings`; raises ValueError for others."""
+    options = without(config.method, "name", "teacher", *apart)
+    names.check_options(settings, options, "config.method")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def _batch_sharding(config: ConfigDict) -> jax.sharding.Sharding:
+    return mesh.batch_sharding(mesh.make_mesh(config.train.get("num_devices", 0) or None))
+
+
+def _optimizer(config: ConfigDict) -> tuple[Any, Callable[[Array], Array]]:
+    """(optimizer, learning_rate) of the `optim` section."""
+    options = config.optim.to_dict()
+    rate = {key: options.pop(key) for key in ("learning_rate", "schedule", "warmup_images") if key in options}
+    names.check_options(optim.make_optimizer, options, "config.optim")
+    train = config.train
+    schedule = optim.make_learning_rate(batch_size=train.batch_size, total_images=train.total_images, **rate)
+    return optim.make_optimizer(**options), schedule
+
+
+def without(section: ConfigDict, *keys: str) -> dict[str, Any]:
+    """The section as a dict, without these keys."""
+    return {key: value for key, value in section.to_dict().items() if key not in keys}

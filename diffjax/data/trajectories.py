@@ -1,0 +1,109 @@
+"""Cached teacher trajectories: the targets that data-free distillation would ask its teacher for, step by step.
+
+They depend on the teacher, the seed and the grids alone, so students with other optimisers or networks share them.
+A folder holds `targets-SHARD.array_record`, one record a training step (float32, (B, n, H, W, C), row by row), and,
+once all of it is there, `trajectories.json` with what the targets were made for.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+HEADER = "trajectories.json"
+_CLAIM = "unfinished.json"
+_SHARD_STEPS = 64
+
+
+def write(
+    folder: str | os.PathLike[str], made_for: Mapping[str, Any], targets: Callable[[int], np.ndarray], num_steps: int
+) -> Iterator[int]:
+    """Write the targets (B, n, ...) of the steps 0 .. num_steps - 1; yields the steps that are done.
+
+    Shards that an interrupted call left complete are kept. Raises FileExistsError where the folder holds a finished
+    cache, or shards that were made for something else.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    folder, made_for = Path(folder), json.loads(json.dumps(made_for))
+    if (folder / HEADER).exists():
+        raise FileExistsError(f"{folder} holds finished trajectories: choose another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, made_for)
+    for first in range(0, num_steps, _SHARD_STEPS):
+        last = min(first + _SHARD_STEPS, num_steps)
+        path = folder / _shard(first)
+        if not path.exists():
+            unfinished = path.with_suffix(".unfinished")
+            writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+            for step in range(first, last):
+                writer.write(np.ascontiguousarray(targets(step), "<f4").tobytes())
+                yield step + 1
+            writer.close()
+            unfinished.rename(path)
+        yield last
+    header = {"made_for": made_for, "num_steps": num_steps, "shape": np.shape(targets(0))}
+    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    (folder / _CLAIM).unlink()
+
+
+class Cached:
+    """Batches {"target": float32 (B, n, H, W, C)} in the order of the steps they were made for, with a position.
+
+    Raises FileNotFoundError where `folder` holds no finished cache, ValueError naming every difference between what
+    it was made for and `made_for`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], made_for: Mapping[str, Any]):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        folder = Path(folder)
+        if not (folder / HEADER).exists():
+            raise FileNotFoundError(f"{folder} holds no finished trajectories: make them with diffjax.cli.prepare")
+        header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        wanted = json.loads(json.dumps(made_for))
+        lines = [
+            f"{key}: made for {header['made_for'].get(key)!r}, the run has {wanted.get(key)!r}"
+            for key in sorted(header["made_for"].keys() | wanted.keys())
+            if header["made_for"].get(key) != wanted.get(key)
+        ]
+        if lines:
+            raise ValueError(f"the trajectories in {folder} do not fit this run:\n  " + "\n  ".join(lines))
+        self._shape, self._num_steps = tuple(header["shape"]), header["num_steps"]
+        shards = [str(folder / _shard(first)) for first in range(0, self._num_steps, _SHARD_STEPS)]
+        self._records, self._step, self._folder = ArrayRecordDataSource(shards), 0, folder
+        if len(self._records) != self._num_steps:
+            raise ValueError(f"{folder} has {len(self._records)} records, expected {self._num_steps}: make it again")
+
+    def __iter__(self) -> "Cached":
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._step >= self._num_steps:
+            raise StopIteration
+        (record,) = self._records.__getitems__([self._step])
+        self._step += 1
+        return {"target": np.frombuffer(record, "<f4").reshape(self._shape)}
+
+    def get_state(self) -> dict[str, int]:
+        """{"step": batches given}."""
+        return {"step": self._step}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Continue after `state`."""
+        self._step = int(state["step"])
+
+
+def _shard(first: int) -> str:
+    return f"targets-{first // _SHARD_STEPS:05d}.array_record"
+
+
+def _claim(folder: Path, made_for: dict[str, Any]) -> None:
+    """Leave a note of what the shards are for, or refuse the note of another cache."""
+    note = folder / _CLAIM
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_for:
+        raise FileExistsError(f"{folder} holds unfinished trajectories of another run: choose another folder")
+    note.write_text(json.dumps(made_for), encoding="utf-8")
