@@ -26,6 +26,9 @@ CORE = [
 DEMO = ["matplotlib>=3.11.2", "scikit-learn>=1.9.1"]
 LOG = ["tensorboardX>=2.6.5", "wandb>=0.31.0"]
 WEIGHTS = ["safetensors>=0.8.0"]
+# the yardsticks: torch of the speed comparison, whose version is part of the published figures, and lpips of our LPIPS;
+# lpips needs torchvision, of which each release wants one release of torch
+TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4"]
 NOTEBOOK = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
 setup(
@@ -46,7 +49,6 @@ setup(
         "video": ["av>=18.1.0"],
         "log": LOG,
         "weights": WEIGHTS,
-        # torch: the yardstick of the speed comparison; its version is part of the published figures
-        "test": ["pytest>=9.2.0", "setuptools>=65.5.0", "torch==2.13.0", *DEMO, *LOG, *WEIGHTS, *NOTEBOOK],
+        "test": ["pytest>=9.2.0", "setuptools>=65.5.0", *TORCH, *DEMO, *LOG, *WEIGHTS, *NOTEBOOK],
     },
 )
