@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax.cli import evaluate, flags, inspect, sample, train
+from diffjax.cli import convert, evaluate, flags, inspect, sample, train
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "inspect": inspect}
+COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "inspect": inspect, "convert": convert}
 SMALL = (
     "--config.model.width=16", "--config.model.depth=1", "--config.train.batch_size=64",
     "--config.train.total_images=256", "--config.train.log_every_steps=2", "--config.train.sample_every_steps=0",
@@ -24,7 +24,7 @@ SMALL = (
 
 def call(command: str, *argv: str) -> int:
     module = COMMANDS[command]
-    return flags.run(module.__doc__, module.define, module.main, [command, *argv])
+    return flags.run(module.__doc__, module.define, module.main, [command, *argv], getattr(module, "POSITIONAL", ()))
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,8 @@ def test_help_does_not_import_jax(command):
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=60)
     assert done.stdout.splitlines()[-1] == "code 0 []", done.stderr
-    assert f"python -m diffjax.cli.{command} --" in done.stdout and "--workdir=..." in done.stdout
+    own = "--kind=..." if command == "convert" else "--workdir=..."
+    assert f"python -m diffjax.cli.{command} --" in done.stdout and own in done.stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -215,6 +216,14 @@ MISTAKES = [
     ("sample", ["--workdir={run}", "--out={tmp}/out", "--guidance_scale=2"], "needs a null class"),
     ("inspect", [], "give --config="),
     ("inspect", ["--workdir={tmp}/none"], "is no run folder"),
+    ("convert", ["--kind=edm", "{tmp}/a.pkl"], "FOLDER is missing: give FILE FOLDER and flags --NAME=VALUE"),
+    ("convert", ["--kind=edm"], "FILE FOLDER is missing"),
+    ("convert", ["--kind=edm", "{tmp}/a.pkl", "{tmp}/b", "{tmp}/c"], "/c', which is no flag: flags beside FILE FOLDER are"),
+    ("convert", ["{tmp}/a.pkl", "{tmp}/b"], "--kind is missing; for example --kind=edm"),
+    ("convert", ["--kind=edn", "{tmp}/a.pkl", "{tmp}/b"], "unknown --kind 'edn'; did you mean 'edm'"),
+    ("convert", ["--kind=edm", "{tmp}/a.pkl", "{run}"], "exists (not overwritten): choose another folder"),
+    ("convert", ["--kind=edm", "{tmp}/a.pkl", "setup.py/b"], "setup.py is a file, expected a folder"),
+    ("convert", ["--kind=edm", "{tmp}/a.pkl", "{tmp}/b"], "a.pkl: No such file"),
     ("evaluate", ["--config=configs/quick/compare_digits.py", "--config.sedes=3"], "did you mean 'seeds'"),
 ]
 

@@ -6,6 +6,9 @@ A command is a module with a docstring (its help), `define(values, argv)` that a
     if __name__ == "__main__":
         sys.exit(flags.run(__doc__, define, main))
 
+A command that takes words beside flags names them in POSITIONAL, and gets them behind the flags: main(values, source,
+out) with flags.run(__doc__, define, main, positional=POSITIONAL).
+
 Errors that diffjax (or a config) raises on purpose end the command with code 2 and their message; `--traceback` shows
 where they come from. Any other error is a bug and keeps its stack.
 """
@@ -36,12 +39,15 @@ _EXAMPLE = "configs/quick/edm_digits.py"
 def run(
     doc: str,
     define: Callable[[absl_flags.FlagValues, Sequence[str]], None],
-    main: Callable[[absl_flags.FlagValues], None],
+    main: Callable[..., None],
     argv: Sequence[str] | None = None,
+    positional: Sequence[str] = (),
 ) -> int:
-    """Parse `argv` (default: sys.argv) and call `main(values)`; returns the exit code: 0, or 2 after an error message.
+    """Parse `argv` (default: sys.argv) and call `main(values, *words)`; returns the exit code: 0, or 2 after an error
+    message.
 
-    doc: the help text. define: adds the command's flags. With --print_config the command ends after the config.
+    doc: the help text. define: adds the command's flags. positional: names of the words that the command takes beside
+    its flags, all of them needed. With --print_config the command ends after the config.
     """
     argv = list(sys.argv if argv is None else argv)
     values = absl_flags.FlagValues()
@@ -51,15 +57,14 @@ def run(
         print(f"{doc.strip()}\n\nFlags:\n{_help(values)}")
         return 0
     try:
-        rest = values(argv)[1:]
-        if rest:
-            raise ValueError(f"found {rest[0]!r}, which is no flag: flags are --NAME=VALUE, see --help")
+        words = values(argv)[1:]
+        _check_words(words, positional)
         if "print_config" in values and values.print_config:
             needed(values, "config", _EXAMPLE)
             print(expand(values.config))
             return 0
         xla.set_flags()
-        main(values)
+        main(values, *words)
     except Exception as error:
         if "--traceback" in argv or not _is_message(error):
             raise
@@ -169,6 +174,15 @@ def expand(config: ConfigDict) -> str:
 
     flat = configs.flatten(config.to_dict())
     return "\n".join(f"{key} = {flat[key]!r}" for key in sorted(flat))
+
+
+def _check_words(words: Sequence[str], positional: Sequence[str]) -> None:
+    if len(words) > len(positional):
+        surplus, beside = words[len(positional)], f" beside {' '.join(positional)}" if positional else ""
+        raise ValueError(f"found {surplus!r}, which is no flag: flags{beside} are --NAME=VALUE, see --help")
+    if len(words) < len(positional):
+        absent = " ".join(positional[len(words) :])
+        raise ValueError(f"{absent} is missing: give {' '.join(positional)} and flags --NAME=VALUE, see --help")
 
 
 def _help(values: absl_flags.FlagValues) -> str:

@@ -1,0 +1,109 @@
+"""Turn a published network into a run folder, to sample from and to distil.
+
+    python -m diffjax.cli.convert --kind=edm edm-cifar10-32x32-uncond-vp.pkl runs/edm_published
+
+Arguments are the published file and the folder to make, which must not exist; diffjax.cli.sample takes it as its
+workdir, and a config of SFD as its method.teacher.
+
+edm: the network pickles of NVlabs/edm (DDPM++, NCSN++ and ADM; EDM, VP and VE preconditioning). A pickle can hold
+programs: nothing in it is executed, and a file that asks for it is refused.
+
+With --dry_run the file is read and checked, and nothing is written.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from diffjax.cli import flags
+from diffjax.core import names
+
+POSITIONAL = ("FILE", "FOLDER")
+_UNFINISHED = ".unfinished"  # end of the folder's name while it is written
+
+
+def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
+    """Flags of this command."""
+    absl_flags.DEFINE_string("kind", None, f"what the file is: {', '.join(KINDS)}", flag_values=values)
+    absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", flag_values=values)
+
+
+def main(values: absl_flags.FlagValues, file: str, folder: str) -> None:
+    """Read the file, check it against our network, and write the folder."""
+    convert = names.lookup(KINDS, flags.needed(values, "kind", "edm"), "--kind")
+    _check_new(Path(folder))
+    config, params = convert(Path(file))
+    _describe(file, config, params)
+    if values.dry_run:
+        print(f"{folder} was not written: leave --dry_run out to write it")
+        return
+    write(Path(folder), config, params)
+    print(f"wrote {folder}; sample with: python -m diffjax.cli.sample --workdir={folder} --out={folder}/samples")
+
+
+def _check_new(folder: Path) -> None:
+    for path in (folder, _unfinished(folder)):
+        if path.exists() or path.is_symlink():
+            why = "another conversion, running or interrupted" if path.name.endswith(_UNFINISHED) else "not overwritten"
+            raise FileExistsError(f"{path} exists ({why}): choose another folder, or remove it")
+    above = next(path for path in folder.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"{folder}: {above} is a file, expected a folder or a new name")
+
+
+def _describe(file: str, config: dict[str, Any], params: dict[str, Any]) -> None:
+    from diffjax import build
+    from diffjax.core import trees
+
+    model, sample, shape = config["model"], config["sample"], build.data_shape(config["data"])
+    classes = f"{shape.num_classes} classes" if shape.num_classes else "no classes"
+    print(f"{file}: {model['name']} ({model['precondition']}), {trees.count(params):,} weights")
+    print(f"images of {shape.shape}, {classes}")
+    print(
+        f"samples with {sample['solver']}, {sample['num_steps']} noise levels from {sample['sigma_max']} to "
+        f"{sample['sigma_min']}: {build.plan(sample).nfe} network calls"
+    )
+
+
+def _edm(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    import jax
+
+    from diffjax import build
+    from diffjax.weights import edm_pickle
+
+    network = edm_pickle.read(file)
+    config = edm_pickle.sections(network)
+    _, init = build.denoiser(config["model"], build.data_shape(config["data"]))
+    return config, edm_pickle.to_params(network, jax.eval_shape(init, jax.random.key(0)))
+
+
+def write(folder: Path, config: dict[str, Any], params: dict[str, Any]) -> None:
+    """Make the run folder of a network with `config`, whole or not at all. Raises FileExistsError where it exists,
+    checkpoint.CheckpointError where the disk does not take it."""
+    from diffjax.runtime import checkpoint, configs
+
+    _check_new(folder)
+    unfinished = _unfinished(folder)
+    unfinished.mkdir(parents=True)
+    try:
+        with checkpoint.Checkpoints(unfinished, config) as checkpoints:
+            checkpoints.save(0, {"ema_params": params}, None, {})
+        configs.write(unfinished, config)
+        unfinished.rename(folder)
+    except BaseException:  # an interrupt too
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _unfinished(folder: Path) -> Path:
+    return folder.with_name(folder.name + _UNFINISHED)
+
+
+KINDS = {"edm": _edm}
+
+if __name__ == "__main__":
+    sys.exit(flags.run(__doc__, define, main, positional=POSITIONAL))
