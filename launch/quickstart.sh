@@ -35,7 +35,7 @@ for calls in 1 2 3 4 5; do
 done
 list=$(printf "'%s', " "${students[@]}")
 run python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir="$runs" \
-  --config.teacher="$runs/teacher" --config.students="(${list%, })" ${compare[@]+"${compare[@]}"}
+  --config.teacher="$runs/teacher" --config.students.sfd.runs="(${list%, })" ${compare[@]+"${compare[@]}"}
 
 cat <<END
 

@@ -116,7 +116,8 @@ def test_the_package_keeps_the_import_rules():
 
 
 def test_package_folders_hold_a_docstring_and_nothing_else():
-    for path in (ROOT / "diffjax").glob("*/__init__.py"):
+    """But build, whose names are what users import."""
+    for path in set((ROOT / "diffjax").glob("*/__init__.py")) - {ROOT / "diffjax" / "build" / "__init__.py"}:
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert len(body) == 1 and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 

@@ -15,11 +15,19 @@ def get_config(arg: str = "") -> ConfigDict:
         raise ValueError(f"compare_digits.py has no variants, found {arg!r}: leave out what follows the colon")
     config = ConfigDict()
     config.teacher = "runs/quickstart/teacher"
-    config.students = tuple(f"runs/quickstart/student_{calls}" for calls in (1, 2, 3, 4, 5))
-    config.solvers = ("euler", "heun", "ipndm", "dpmpp", "unipc")  # each with and without AFS
+    runs = tuple(f"runs/quickstart/student_{calls}" for calls in (1, 2, 3, 4, 5))
+    config.students = ConfigDict({"sfd": {"runs": runs, "num_steps": ()}})
+    levels = {"grid": "polynomial", "sigma_min": 0.006, "sigma_max": 80.0}
+    config.solvers = ConfigDict(  # each with and without AFS
+        {
+            "euler": {"solver": "euler", **levels},
+            "heun": {"solver": "heun", **levels},
+            "ipndm": {"solver": "ipndm", "order": 4, **levels},
+            "dpmpp": {"solver": "dpmpp", "order": 3, **levels},
+            "unipc": {"solver": "unipc", "order": 3, **levels},
+        }
+    )
     config.calls = (1, 2, 3, 4, 5, 8)
-    config.sigma_min = 0.006
-    config.sigma_max = 80.0
     config.num_samples = 4000
     config.batch_size = 2000
     config.seeds = (0, 1, 2)

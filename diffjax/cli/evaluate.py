@@ -29,7 +29,7 @@ def main(values: absl_flags.FlagValues) -> None:
     workdir = flags.workdir(values)
     if values.dry_run:
         for entry in comparison.entries(config):
-            print(f"{entry.method:12s} calls {', '.join(map(str, entry.plans))}")
+            print(f"{entry.method:24s} calls {', '.join(map(str, entry.plans))}")
         return
     command = shlex.join(["python", "-m", "diffjax.cli.evaluate", *sys.argv[1:]])
     path = comparison.compare(config, workdir, command, progress=lambda text: print(text, file=sys.stderr, flush=True))

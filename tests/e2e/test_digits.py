@@ -1,6 +1,7 @@
 """The quickstart in small, through the same functions: teacher, student, comparison, reports."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ def runs(tmp_path_factory):
     student = flags.load_config("configs/quick/sfd_digits.py:2")
     student.method.teacher = str(folder / "teacher")
     student.train.update({"batch_size": 32, "total_images": 32 * 4, "log_every_steps": 2, "sample_every_steps": 0})
-    train_and_evaluate(student, folder / "student_2", command="train the student")
+    train_and_evaluate(student, folder / "student_0", command="train the student")
+    shutil.copytree(folder / "student_0", folder / "student_1")
     return folder
 
 
@@ -35,7 +37,7 @@ def test_run_folder_is_complete_and_the_loss_falls(runs):
 
 
 def test_student_starts_from_the_teacher_and_moves(runs):
-    teacher, student = build.load_run(runs / "teacher"), build.load_run(runs / "student_2")
+    teacher, student = build.load_run(runs / "teacher"), build.load_run(runs / "student_0")
     assert build.run_plan(student).nfe == 2
     kernels = [run.params["image_in"]["kernel"] for run in (teacher, student)]
     moved = np.abs(kernels[0] - kernels[1]).max()
@@ -45,7 +47,8 @@ def test_student_starts_from_the_teacher_and_moves(runs):
 
 def test_comparison_writes_the_table(runs):
     config = flags.load_config("configs/quick/compare_digits.py")
-    config.update({"teacher": str(runs / "teacher"), "students": (str(runs / "student_2"),), "solvers": ("euler",)})
+    config.teacher, config.solvers = str(runs / "teacher"), {"euler": config.solvers.euler}
+    config.students = {"sfd": {"runs": (str(runs / "student_{seed}"),), "num_steps": ()}}
     config.update({"calls": (2, 3), "num_samples": 64, "batch_size": 64, "seeds": (0, 1), "grid_columns": 4})
     comparison.compare(config, runs / "comparison", "compare")
     report = json.loads((runs / "comparison" / "report.json").read_text())
@@ -64,7 +67,7 @@ def test_comparison_writes_the_table(runs):
 def test_comparison_needs_finished_runs(runs, tmp_path):
     config = flags.load_config("configs/quick/compare_digits.py")
     config.teacher = str(tmp_path / "nothing")
-    with pytest.raises(RuntimeError, match="holds no checkpoint: train first"):
+    with pytest.raises(FileNotFoundError, match="report.json does not exist: train that run to its end first"):
         comparison.compare(config, tmp_path / "comparison", "compare")
     assert not (tmp_path / "comparison").exists()
 
@@ -76,5 +79,5 @@ def test_gap_closed_by_hand():
         {"method": "ipndm", "nfe": 2, "seed": 0, "frechet_distance": 3.0},
         {"method": "sfd", "nfe": 2, "seed": 0, "frechet_distance": 1.5},
     ]
-    (gap,) = comparison.gap_closed(rows)
+    (gap,) = comparison.gap_closed(rows, ("euler", "ipndm"))
     assert gap["best_solver"] == "ipndm" and gap["gap_closed"] == 0.75
