@@ -1,7 +1,7 @@
 """Pickles made to do harm: nothing that they name is called, and none takes more memory than its own size.
 
 Whatever would run leaves a marker file (see conftest.py), and a test fails where it finds one. They are read as
-networks of EDM.
+networks of EDM, and as files of torch.save.
 """
 
 import builtins
@@ -9,10 +9,11 @@ import os
 import pickle
 import struct
 import tracemalloc
+import zipfile
 
 import pytest
 
-from diffjax.weights import edm_pickle, pickles
+from diffjax.weights import edm_pickle, pickles, torch_file
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'diffjax[test]'")
 
@@ -51,10 +52,10 @@ def code(name, marker) -> str:
     return f"open({str(marker)!r}, 'w')" if name == "eval" else f"touch {marker}"
 
 
-def refused(path, content: bytes, message: str) -> None:
+def refused(path, content: bytes, message: str, read=edm_pickle.read) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        edm_pickle.read(path)
+        read(path)
 
 
 @pytest.mark.parametrize(("module", "name"), GLOBALS)
@@ -124,14 +125,20 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-@pytest.mark.parametrize("place", ["file", "storage"])
+@pytest.mark.parametrize("place", ["file", "storage", "zip of torch.save", "stream of torch.save"])
 def test_no_more_memory_than_the_file_is_taken(path, bomb, place):
     content = BOMBS[bomb]
     if place == "storage":
         content = pickle.dumps({"ema": Calls(torch.storage._load_from_bytes, content)})
+    elif place.startswith("zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", content)
+        content = path.read_bytes()
+    elif place.startswith("stream"):
+        content = HEADER + content
     tracemalloc.start()
     try:
-        refused(path, content, "model.pkl")
+        refused(path, content, "model.pkl", torch_file.load if "torch" in place else edm_pickle.read)
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
         tracemalloc.stop()
@@ -141,10 +148,15 @@ def test_a_storage_that_says_another_size_is_refused():
     storage = typed_storage(torch.arange(8.0))
     (content,) = storage.__reduce__()[1]
     assert pickles.storage(content).tolist() == list(range(8))
-    for other in (content[:-4], content + bytes(4)):
-        with pytest.raises(pickles.RefusedError, match="numbers, expected 8"):
+    count = struct.pack("<q", 8)
+    for other, message in (
+        (content.replace(count, struct.pack("<q", 7)), "7 float32 numbers, expected 8"),
+        (content + bytes(4), "found a Storage and 4 bytes more, expected one storage"),
+    ):
+        with pytest.raises(pickles.RefusedError, match=message):
             pickles.storage(other)
-    with pytest.raises(EOFError, match="too early"):
-        pickles.storage(content[:20])
+    for size in (20, len(content) - 4):
+        with pytest.raises(EOFError, match="too early"):
+            pickles.storage(content[:size])
     with pytest.raises(pickles.RefusedError, match="found another format than torch's"):
         pickles.storage(content.replace(struct.pack("<H", 1001), struct.pack("<H", 1002), 1))
