@@ -27,15 +27,12 @@ run() {
 }
 
 run python -m diffjax.cli.train --config=configs/quick/edm_digits.py --workdir="$runs/teacher" ${teacher[@]+"${teacher[@]}"}
-students=()
 for calls in 1 2 3 4 5; do
-  students+=("$runs/student_$calls")
   run python -m diffjax.cli.train --config=configs/quick/sfd_digits.py:$calls --workdir="$runs/student_$calls" \
     --config.method.teacher="$runs/teacher" ${student[@]+"${student[@]}"}
 done
-list=$(printf "'%s', " "${students[@]}")
-run python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir="$runs" \
-  --config.teacher="$runs/teacher" --config.students.sfd.runs="(${list%, })" ${compare[@]+"${compare[@]}"}
+run python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir="$runs" --config.base="$runs" \
+  ${compare[@]+"${compare[@]}"}
 
 cat <<END
 

@@ -14,8 +14,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if arg:
         raise ValueError(f"compare_digits.py has no variants, found {arg!r}: leave out what follows the colon")
     config = ConfigDict()
-    config.teacher = "runs/quickstart/teacher"
-    runs = tuple(f"runs/quickstart/student_{calls}" for calls in (1, 2, 3, 4, 5))
+    config.base = "runs/quickstart"  # folder of the runs, in the place of "{base}" below
+    config.teacher = "{base}/teacher"
+    runs = tuple(f"{{base}}/student_{calls}" for calls in (1, 2, 3, 4, 5))
     config.students = ConfigDict({"sfd": {"runs": runs, "num_steps": ()}})
     levels = {"grid": "polynomial", "sigma_min": 0.006, "sigma_max": 80.0}
     config.solvers = ConfigDict(  # each with and without AFS

@@ -139,6 +139,7 @@ def _sfd(config: ConfigDict) -> Parts:
 def sfd_settings(config: ConfigDict, teacher: runs.Run) -> sfd.Settings:
     """The settings of a `method` section. Raises ValueError for unknown keys."""
     options = _settings_options(config, sfd.Settings, "num_steps", "perceptual", "trajectories")
+    options["teacher_order"] = options.get("teacher_order", 3) or None  # 0: the solver's own
     return sfd.Settings(
         **options, num_steps=runs.trained_steps(config.method), batch_size=config.train.batch_size,
         image_shape=teacher.data.shape, num_classes=teacher.data.num_classes,

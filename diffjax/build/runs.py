@@ -15,6 +15,7 @@ from diffjax.build import networks
 from diffjax.core import grids, guidance, solvers, trees
 from diffjax.core.types import Denoiser, Params
 from diffjax.data import sources
+from diffjax.methods import amed
 from diffjax.models import amed_predictor
 from diffjax.nn import functional
 from diffjax.runtime import checkpoint, configs
@@ -66,7 +67,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     """A copy of `config` whose sections "teacher" are written out, so that the run does without its teacher.
 
     config.model = {"name": "teacher", ...}: the teacher's network, with these options changed. config.data "none" and
-    "teacher": the teacher's image shape, or all of its data. Raises CheckpointError for a teacher that is no run.
+    {"name": "teacher", ...}: the teacher's image shape, or its data with these options changed. Raises CheckpointError for a teacher that is no run.
     """
     config = ConfigDict(config.to_dict())
     if config.get("model", {}).get("name") != "teacher":
@@ -79,10 +80,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
     teacher = resolve(ConfigDict(saved))
     changes = {key: value for key, value in config.model.items() if key != "name"}
     config.model = {**teacher.model.to_dict(), **changes}
-    data = teacher.data.to_dict()
-    if config.data.name != "teacher":
-        kept = ("image_size", "channels", "num_classes", "null_class")
-        data = {**{key: data[key] for key in kept if key in data}, **config.data.to_dict()}
+    data, changes = teacher.data.to_dict(), config.data.to_dict()
+    if changes["name"] == "teacher":
+        changes.pop("name")
+    else:
+        data = {key: data[key] for key in ("image_size", "channels", "num_classes", "null_class") if key in data}
+    data |= changes
     if teacher.method.get("label_dropout", 0) > 0:
         data["null_class"] = True
     config.data = data
@@ -135,12 +138,11 @@ def student_plan(
     told = method.get("step_condition", "") or method["name"] == "amed"
     if told and num not in trained:
         raise ValueError(f"found num_steps={num}, and this student was trained for num_steps in {trained} and told so")
+    if method["name"] == "amed":
+        own = {key: value for key, value in method.items() if key not in ("name", "teacher")}
+        return amed.make_plan(amed.Settings(**own, batch_size=1, image_shape=(1,)))
     levels = {key: method[key] for key in ("grid", "rho") if key in method}
     ends = method.get("sigma_min", 0.006), method.get("sigma_max", 80.0)
-    if method["name"] == "amed":
-        options = {key: method[key] for key in ("order", "scale_dir", "scale_time", "parity") if key in method}
-        sigmas = few_step.student_grid(num, *ends, **levels)
-        return amed_sampler.make_amed_plan(method["solver"], sigmas, afs=method.get("afs", True), **options)
     return few_step.student_plan(num, *ends, afs=method.get("afs", method["name"] == "sfd"), **levels)
 
 
@@ -173,7 +175,7 @@ def _searched_plan(run: Run, section: dict[str, Any]) -> solvers.Plan:
     key = id(run.params), ends
     if key not in _matrices:
         _matrices.clear()  # of one network at a time
-        _matrices[key] = gits.cost_matrix(run.denoise, run.params, x, teacher, cond)
+        _matrices[key] = gits.cost_matrix(run.denoise, run.params, x, teacher, cond, batch_size=64)
     return _on_levels(teacher[gits.shortest_path(_matrices[key], options.pop("num_steps"))], options)
 
 

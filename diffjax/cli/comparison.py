@@ -6,7 +6,8 @@ against all training images, without a network: a distance between Gaussians, an
 
 A config names the teacher's run; `solvers`, method -> a `sample` section without num_steps, each with and without
 the analytical first step; and `students`, method -> {"runs": folders, "num_steps": () or the N to sample at}. In a
-folder "{seed}" stands for the sampling seed, so that the spread over seeds has the spread of training in it.
+folder "{base}" stands for config.base, and "{seed}" for the sampling seed, so that the spread over seeds has the
+spread of training in it.
 """
 
 import json
@@ -48,6 +49,11 @@ def plan_for_calls(teacher: build.Run, section: dict, afs: bool, calls: int) -> 
     return None
 
 
+def folder_of(config: ConfigDict, pattern: str, seed: int) -> Path:
+    """The run folder of a pattern."""
+    return Path(pattern.replace("{base}", config.base).replace("{seed}", str(seed)))
+
+
 def solver_entries(config: ConfigDict, teacher: build.Run) -> Iterable[Entry]:
     """The teacher as it was configured, and the curves of the training-free solvers."""
     teacher_plan = build.run_plan(teacher)
@@ -63,7 +69,7 @@ def student_entries(config: ConfigDict, teacher: build.Run, seed: int) -> Iterab
     """The curves of the students for one seed."""
     for method, students in config.students.items():
         for folder in students.runs:
-            student = build.load_run(folder.replace("{seed}", str(seed)))
+            student = build.load_run(folder_of(config, folder, seed))
             if student.config.model == teacher.config.model:
                 # one denoiser for all, so that equal plans compile once
                 student = student._replace(denoise=teacher.denoise)
@@ -76,13 +82,13 @@ def student_entries(config: ConfigDict, teacher: build.Run, seed: int) -> Iterab
 
 def entries(config: ConfigDict) -> list[Entry]:
     """All curves that `config` asks for, the students of its first seed."""
-    teacher = build.load_run(config.teacher)
+    teacher = build.load_run(folder_of(config, config.teacher, 0))
     return [*solver_entries(config, teacher), *student_entries(config, teacher, config.seeds[0])]
 
 
 def measure(config: ConfigDict, progress: Callable[[str], None] = lambda text: None) -> tuple[Rows, dict]:
     """Rows of the table `frechet_by_calls`, and the first images of each (method, nfe) for the grids."""
-    teacher = build.load_run(config.teacher)
+    teacher = build.load_run(folder_of(config, config.teacher, 0))
     free = list(solver_entries(config, teacher))
     reference = fid.pixel_statistics(build.all_images(teacher.config.data))
     rows, pictures = [], {}
@@ -163,12 +169,13 @@ def noise(rows: Rows, data: np.ndarray, free: Iterable[str]) -> Rows:
 
 def cost(config: ConfigDict) -> Rows:
     """What each student cost to train, its chain of teachers without the first included, and against that first."""
-    base = _own_cost(Path(config.teacher))
-    out = [{"method": "teacher", "run": config.teacher, "images": base["images"], "seconds": base["seconds"]}]
+    first = folder_of(config, config.teacher, 0)
+    base = _own_cost(first)
+    out = [{"method": "teacher", "run": str(first), "images": base["images"], "seconds": base["seconds"]}]
     for method, students in config.students.items():
         for pattern in students.runs:
-            folder = Path(pattern.replace("{seed}", str(config.seeds[0])))
-            chain = [_own_cost(run) for run in (folder, *_teachers(folder, Path(config.teacher)))]
+            folder = folder_of(config, pattern, config.seeds[0])
+            chain = [_own_cost(run) for run in (folder, *_teachers(folder, first))]
             seconds = sum(run["seconds"] for run in chain)
             out.append(
                 {
@@ -221,7 +228,7 @@ def compare(
     workdir.mkdir(parents=True, exist_ok=True)
     comparison_report.draw_plot(rows, free, workdir / "frechet_by_calls.png")
     comparison_report.draw_grids(pictures, rows, gaps, free, workdir / "samples.png")
-    data = build.all_images(build.resolve(build.load_run(config.teacher).config).data)
+    data = build.all_images(build.resolve(build.load_run(folder_of(config, config.teacher, 0)).config).data)
     tables = {
         "means": means(rows),
         "gap_closed": gaps,

@@ -49,7 +49,7 @@ def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
     from diffjax.core import trees
 
     with tempfile.TemporaryDirectory() as folder:
-        experiment = build.experiment(with_blank_data(config, Path(folder)))
+        experiment = build.experiment(with_blank_data(build.resolve(config), Path(folder)))
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in next(experiment.batches()).items()}
         state = jax.eval_shape(experiment.init)
         params = state.method.params
@@ -110,7 +110,7 @@ def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
     path = folder / "blank.npz"
     labels = {"labels": np.zeros(count, np.int32)} if shape.num_classes else {}
     np.savez_compressed(path, images=np.zeros((count, *shape.shape), np.uint8), **labels)
-    kept = ("image_size", "channels", "num_classes", "flip", "augment_probability")
+    kept = ("image_size", "channels", "num_classes", "null_class", "flip", "augment_probability")
     blank = ConfigDict(config.to_dict())
     blank.data = {key: config.data[key] for key in kept if key in config.data} | {"name": "arrays", "path": str(path)}
     return blank

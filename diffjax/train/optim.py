@@ -13,7 +13,7 @@ from diffjax.core import names
 from diffjax.core.types import Array
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("constant", "cosine", "half_drop")
+SCHEDULES = ("constant", "cosine", "linear", "half_drop")
 
 
 def make_optimizer(
@@ -50,7 +50,7 @@ def make_learning_rate(
     warmup_images: int = 0,
 ) -> Callable[[Array], Array]:
     """iteration (from 0) -> rate, JAX's default float: linear warm-up from 0 over `warmup_images` (0 = off) times "constant",
-    "cosine" to zero at `total_images`, or "half_drop", a tenth from iteration j with (j-1) batch_size >=
+    "cosine" or "linear" to zero at `total_images`, or "half_drop", a tenth from iteration j with (j-1) batch_size >=
     total_images / 2 on (Zhou 2024, as released). Raises ValueError for an unknown schedule or values out of range.
     """
     if not (learning_rate > 0 and batch_size > 0 and total_images > 0 and warmup_images >= 0):
@@ -68,6 +68,8 @@ def make_learning_rate(
         factor = jnp.minimum(images / warmup_images, 1.0) if warmup_images else jnp.ones((), float)
         if schedule == "cosine":
             factor = factor * 0.5 * (1 + jnp.cos(jnp.pi * jnp.minimum(images / total_images, 1.0)))
+        if schedule == "linear":
+            factor = factor * (1 - jnp.minimum(images / total_images, 1.0))
         if schedule == "half_drop":
             factor = factor * jnp.where(iteration >= drop_at, 0.1, 1.0)
         return learning_rate * factor

@@ -47,8 +47,8 @@ def test_student_starts_from_the_teacher_and_moves(runs):
 
 def test_comparison_writes_the_table(runs):
     config = flags.load_config("configs/quick/compare_digits.py")
-    config.teacher, config.solvers = str(runs / "teacher"), {"euler": config.solvers.euler}
-    config.students = {"sfd": {"runs": (str(runs / "student_{seed}"),), "num_steps": ()}}
+    config.base, config.solvers = str(runs), {"euler": config.solvers.euler}
+    config.students = {"sfd": {"runs": ("{base}/student_{seed}",), "num_steps": ()}}
     config.update({"calls": (2, 3), "num_samples": 64, "batch_size": 64, "seeds": (0, 1), "grid_columns": 4})
     comparison.compare(config, runs / "comparison", "compare")
     report = json.loads((runs / "comparison" / "report.json").read_text())
@@ -66,7 +66,7 @@ def test_comparison_writes_the_table(runs):
 
 def test_comparison_needs_finished_runs(runs, tmp_path):
     config = flags.load_config("configs/quick/compare_digits.py")
-    config.teacher = str(tmp_path / "nothing")
+    config.base = str(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="report.json does not exist: train that run to its end first"):
         comparison.compare(config, tmp_path / "comparison", "compare")
     assert not (tmp_path / "comparison").exists()
