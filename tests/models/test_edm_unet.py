@@ -168,6 +168,37 @@ def test_zero_initialised_step_branch_is_the_base_network():
     np.testing.assert_array_equal(plain, network(params, x, jnp.zeros(2), {"step": jnp.float32(4)}))
 
 
+@pytest.mark.parametrize("network", [SongUNet, DhariwalUNet])
+def test_guidance_condition_starts_as_the_base_network_and_then_matters(network):
+    options = TINY | {"channels": 64 if network is DhariwalUNet else 16}
+    apply, init = functionalize(lambda rngs: network(**options, guidance_condition=True, rngs=rngs))
+    params, x = init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    told = {"guidance_scale": jnp.array([1.0, 4.0])}
+    np.testing.assert_array_equal(apply(params, x, jnp.zeros(2), {}), apply(params, x, jnp.zeros(2), told))
+    params = jax.tree.map(lambda a: jax.random.normal(jax.random.key(2), a.shape) * 0.2, params)
+    found = [apply(params, x[:1].repeat(2, 0), jnp.zeros(2), c) for c in ({}, told)]
+    assert np.abs(found[1][0] - found[1][1]).max() > 1e-3 and np.abs(found[0] - found[1]).max() > 1e-3
+    base, _ = functionalize(lambda rngs: network(**options, rngs=rngs))
+    with pytest.raises(ValueError, match="set model.guidance_condition=True"):
+        base({name: value for name, value in params.items() if name != "map_guidance"}, x, jnp.zeros(2), told)
+
+
+@pytest.mark.parametrize("network", [SongUNet, DhariwalUNet])
+def test_bottleneck_is_the_channel_mean_of_the_encoders_last_state(network):
+    options = TINY | {"channels": 64 if network is DhariwalUNet else 16, "channel_mult": (1, 1)}
+    constructor = lambda rngs: network(**options, rngs=rngs)  # noqa: E731
+    (bottleneck, init), (apply, _) = functionalize(constructor, "bottleneck"), functionalize(constructor)
+    params, x = init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+    found = bottleneck(params, x, jnp.zeros(2))
+    assert found.shape == (2, 4 * 4)
+    # what the decoder does cannot change it; what the encoder's last block does must
+    assert "4x4_block0" in params["enc"] and apply(params, x, jnp.zeros(2)).shape == x.shape
+    other = params | {"dec": jax.tree.map(jnp.zeros_like, params["dec"])}
+    np.testing.assert_array_equal(found, bottleneck(other, x, jnp.zeros(2)))
+    last = jax.tree.map(lambda a: a + 0.1, params["enc"]["4x4_block0"])
+    assert np.abs(found - bottleneck(params | {"enc": params["enc"] | {"4x4_block0": last}}, x, jnp.zeros(2))).max() > 1e-3
+
+
 def test_dropout_needs_a_key_and_changes_with_it():
     network, init = functionalize(lambda rngs: SongUNet(**TINY, dropout=0.5, rngs=rngs))
     # the last layers start near zero: random weights instead

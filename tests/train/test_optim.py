@@ -101,6 +101,10 @@ def test_cosine_ends_at_zero():
     np.testing.assert_allclose(both, 0.1 * np.cos(np.pi * 0.025) ** 2, rtol=RTOL)
 
 
+def test_linear_ends_at_zero():
+    np.testing.assert_allclose(_rates([0, 25, 50, 100, 200], schedule="linear"), [0.2, 0.15, 0.1, 0, 0], rtol=RTOL)
+
+
 @pytest.mark.parametrize("total", [1000, 1001, 999, 10])
 def test_half_drop_is_the_published_loop(total):
     rate = optim.make_learning_rate(0.2, 10, total, schedule="half_drop")
@@ -122,7 +126,7 @@ def test_half_drop_of_the_cifar10_recipe():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "Cosin"}, "unknown schedule 'Cosin'; did you mean 'cosine'. Known: constant, cosine, half_drop"),
+        ({"schedule": "Cosin"}, "unknown schedule 'Cosin'; did you mean 'cosine'. Known: constant, cosine, linear, half_drop"),
         ({"warmup_images": -1}, "warmup_images not negative, found 0.1, 8, 100, -1"),
         ({"learning_rate": 0.0}, "must be positive"),
         ({"batch_size": 0}, "must be positive"),
