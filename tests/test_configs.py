@@ -78,7 +78,7 @@ BUILT = [
     "quick/edm_digits.py", "quick/edm_cifar16.py", "quick/sfd_digits.py:2", "quick/sfd_digits.py:v",
     "quick/sfd_digits.py:second", "quick/pd_digits.py:16", "quick/amed_digits.py:4", "edm/cifar10_ddpmpp.py:cond",
     "edm/cifar10_ddpmpp.py:uncond", "edm/imagenet64_adm.py", "sfd/cifar10.py:2", "sfd/cifar10.py:second",
-    "sfd/imagenet64.py:5", "pd/cifar10.py:1", "pd/cifar10_guided.py:match", "amed/cifar10.py:plugin5",
+    "sfd/imagenet64.py:5", "pd/cifar10.py:1", "pd/cifar10_guided.py:match",
 ]  # fmt: skip
 
 

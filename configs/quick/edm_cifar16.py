@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
         }
     )
     config.model = ConfigDict(
-        {"name": "residual_mlp", "precondition": "edm", "sigma_data": 0.5, "width": 512, "depth": 4, "dropout": 0.0}
+        {"name": "residual_mlp", "precondition": "edm", "sigma_data": 0.5, "width": 768, "depth": 4, "dropout": 0.0}
     )
     config.method = ConfigDict({"name": "edm"})
     config.optim = ConfigDict({"name": "adam", "learning_rate": 1e-3, "warmup_images": 12_800, "schedule": "cosine"})
