@@ -15,6 +15,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = {
     "edm_digits": ["--config.train.total_images=2560", "--config.train.sample_every_steps=0", "--config.model.width=32"],
     "sfd_digits": ["--config.train.total_images=256", "--config.train.sample_every_steps=0"],
+    "pd_digits": ["--config.train.total_images=256"],
+    "amed_digits": ["--config.train.total_images=256"],
     "compare_digits": ["--config.num_samples=64", "--config.batch_size=64", "--config.calls=(1, 2)"],
 }
 
@@ -56,6 +58,6 @@ def test_python_block_runs(checkout, monkeypatch):
 def test_files_it_names_exist():
     named = re.findall(r"(?:configs|launch|tests|diffjax)/[\w/.]+\w", README)
     missing = sorted({name for name in named if not (ROOT / name).exists() and not (ROOT / f"{name}.py").exists()})
-    inside = [name for name in re.findall(r"`((?:core|data)/\w+\.py|build\.py)`", README)]
+    inside = [name for name in re.findall(r"`((?:core|data|build)/\w+\.py)`", README)]
     missing += [name for name in inside if not (ROOT / "diffjax" / name).exists()]
     assert not missing

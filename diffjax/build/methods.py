@@ -226,7 +226,15 @@ def _amed(config: ConfigDict) -> Parts:
     )  # fmt: skip
     features, predict, init = runs.amed_functions(config, teacher.data)
     sampler, _ = runs.amed_parts(config, teacher.data)
-    method = amed.make(settings, teacher.denoise, features, predict, *_optimizer(config))
+
+    def with_teacher(params: Params) -> Params:
+        # where the predictor is: on all devices of the run
+        here = jax.tree.leaves(params)[0].sharding
+        return {"teacher": jax.device_put(teacher.params, here), "predictor": params}
+
+    method = amed.make(
+        settings, teacher.denoise, features, predict, *_optimizer(config), batch_sharding=_batch_sharding(config)
+    )
     return Parts(
         method=method,
         init_params=lambda: init(rng.stream(config.seed, "init")),
@@ -236,7 +244,7 @@ def _amed(config: ConfigDict) -> Parts:
         data=teacher.data,
         plan=runs.student_plan(config.method),
         sampler=sampler,
-        with_frozen=lambda params: {"teacher": teacher.params, "predictor": params},
+        with_frozen=with_teacher,
     )
 
 
