@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "afs": True,
         "teacher_solver": "dpmpp",
         "teacher_order": 3,
+        "teacher_parity": True,  # the released third order; False has its missing factor 2
     }
     rate, images = 2e-4, 16_000
     if arg == "v":

@@ -31,6 +31,7 @@ def draw_plot(rows: list[dict], free: Iterable[str], path: Path) -> None:
     """Frechet distance against calls, one line a method (mean over seeds), as a PNG. Of a solver with and without
     AFS the better is drawn at each number of calls; the table has both."""
     try:
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plot needs matplotlib; type: pip install 'diffjax[demo]'") from error
@@ -39,7 +40,8 @@ def draw_plot(rows: list[dict], free: Iterable[str], path: Path) -> None:
     axes = figure.add_subplot()
     for index, solver in enumerate(free):
         points = _best_of_afs(rows, solver)
-        axes.plot(*zip(*points, strict=True), "o--", color=f"C{index % 10}", markersize=4, linewidth=1, label=label(solver))
+        colour = colormaps["tab20"](index % 20)
+        axes.plot(*zip(*points, strict=True), "o--", color=colour, markersize=4, linewidth=1, label=label(solver))
     for method in dict.fromkeys(row["method"] for row in rows):
         points = _points(rows, method)
         if method == "teacher":
@@ -89,10 +91,10 @@ def draw_grids(pictures: dict, rows: list[dict], gaps: list[dict], free: Iterabl
 
 def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
     """Headings and Markdown of the report, which place its tables."""
-    trained = "students of as many training seeds" if any("{seed}" in f for s in config.students.values() for f in s.runs) else ""
+    trained = any("{seed}" in folder for students in config.students.values() for folder in students.runs)
     text = (
         f"{config.num_samples:,} samples a row, seeds {', '.join(map(str, config.seeds))}"
-        f"{', ' + trained if trained else ''}; the distance is taken in pixel space against all training images (no "
+        f"{' (of sampling and of the students)' if trained else ' of sampling'}; the distance is taken in pixel space against all training images (no "
         "network, so no FID; lower is better). AFS: the first step is analytical and costs no call. SFD: one student "
         "for each number of calls."
     )

@@ -107,7 +107,7 @@ def _write_report(
     config: ConfigDict, workdir: Path, experiment: "Experiment", state: "TrainState", command: str, pictures: bool
 ) -> None:
     from diffjax.core import trees
-    from diffjax.runtime import report, writers
+    from diffjax.runtime import configs, report, writers
 
     records = writers.read(workdir / writers.FILE_NAME)
     summary = {
@@ -118,13 +118,18 @@ def _write_report(
         "images_per_s": records[-1]["time"].get("images_per_s"),
         "loss": records[-1].get("loss"),
     }
-    sections = [("Training", "<!-- table: training -->"), ("Losses", "<!-- table: losses -->")]
+    sections = [
+        ("Training", "<!-- table: training -->"),
+        ("Method", "What the config chose, such as `teacher_parity` (released or right coefficients).\n\n<!-- table: method -->"),
+        ("Losses", "<!-- table: losses -->"),
+    ]
     if pictures:
         sections.append(("Samples", "From the last weights (their average where one is kept).\n\n![](samples/final.png)"))
     call = "from diffjax.cli.train import train_and_evaluate  # with the config in config.json"
     sections.append(("Reproduce", f"```\n{command or call}\n```"))
     facts = {**report.environment(), "command": command or call}
-    tables = {"training": [summary], "losses": _curve(records)}
+    chosen = [{"option": key, "value": str(value)} for key, value in sorted(configs.flatten(config.method.to_dict()).items())]
+    tables = {"training": [summary], "method": chosen, "losses": _curve(records)}
     report.write_report(workdir, f"{config.method.name} training", sections, tables, facts)
 
 
