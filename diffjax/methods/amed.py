@@ -36,7 +36,7 @@ import optax
 from diffjax.core import grids, solvers, trees
 from diffjax.core.names import lookup
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
-from diffjax.methods.sfd import draw
+from diffjax.methods import from_noise
 from diffjax.sampling import amed_sampler
 from diffjax.sampling.amed_sampler import AmedPlan, Features, Memory, Predict, Row, make_sampler
 from diffjax.sampling.few_step import student_grid
@@ -129,12 +129,12 @@ def make(
         state: AmedState, frozen: Params, batch: Batch, key: Key, iteration: Array
     ) -> tuple[AmedState, Metrics]:
         del batch  # AMED is data-free
-        noise, cond = draw(settings, key)
+        noise, cond = from_noise.draw(settings, key)
         if batch_sharding is not None:
             noise, cond = jax.lax.with_sharding_constraint((noise, cond), batch_sharding)
         rate = learning_rate(iteration)
         state, trace = update(state, frozen, noise, cond, rate)
-        return state, _metrics(trace, rate)
+        return state, from_noise.metrics(trace, rate) | from_noise.by_level(trace)
 
     return Method(init, step)
 
@@ -223,26 +223,8 @@ def _grid(settings: Settings, num: int, grid_options: dict[str, Any] | None) -> 
     )
 
 
-def _metrics(trace: Trace, rate: Array) -> Metrics:
-    bad = trace.nonfinite_leaf >= 0
-    first = trace.nonfinite_leaf[jnp.argmax(bad)]  # the earliest bad update; index 0, hence -1, where none is
-    values = {"loss": jnp.mean(trace.loss), **{f"loss_t{k}": loss for k, loss in enumerate(trace.loss)}}
-    values |= {"grad_norm": jnp.mean(trace.grad_norm), "learning_rate": rate}
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()} | {"nonfinite_leaf": first}
-
-
 def _check(settings: Settings) -> None:
     lookup(LOSSES, settings.loss, "loss")
     if settings.num_steps < 2:
         raise ValueError(f"num_steps counts noise levels (steps + 1), at least 2, found {settings.num_steps}")
-    if settings.teacher_factor < 1:
-        raise ValueError(
-            f"teacher_factor is the number of teacher steps per student step, at least 1, "
-            f"found {settings.teacher_factor}"
-        )
-    if settings.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {settings.batch_size}")
-    if not settings.image_shape or min(settings.image_shape) < 1:
-        raise ValueError(f"image_shape is the shape of one sample, e.g. (32, 32, 3), found {settings.image_shape}")
-    if settings.num_classes < 0:
-        raise ValueError(f"num_classes must be 0 (no labels) or positive, found {settings.num_classes}")
+    from_noise.check(settings)

@@ -37,6 +37,7 @@ import optax
 
 from diffjax.core import grids, solvers, trees
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
+from diffjax.methods import from_noise
 from diffjax.sampling.few_step import STEP_CONDITIONS, check_num_steps, student_grid, with_step_condition
 from diffjax.sampling.sample import sample
 
@@ -146,12 +147,12 @@ def make(
         arguments = state, frozen, noise, cond, dropout_key, rate, targets
         if len(updates) == 1:
             state, trace = updates[0](*arguments)
-            return state, {**_metrics(trace, rate), **_by_level(trace)}
+            return state, from_noise.metrics(trace, rate) | from_noise.by_level(trace)
 
         def branch(update: Callable) -> Callable:
             def run(*arguments: Any) -> tuple[SFDState, Metrics]:
                 state, trace = update(*arguments)
-                return state, _metrics(trace, rate)
+                return state, from_noise.metrics(trace, rate)
 
             return run
 
@@ -165,7 +166,7 @@ def _draws(settings: Settings, key: Key) -> tuple[Array, dict[str, Array], Key, 
     """Noise, condition, dropout key and the index of N of one iteration."""
     draw_key, dropout_key = jax.random.split(key)
     which = jax.random.randint(jax.random.fold_in(key, 2), (), 0, len(settings.num_steps))
-    return *draw(settings, draw_key), dropout_key, which
+    return *from_noise.draw(settings, draw_key), dropout_key, which
 
 
 def make_targets(
@@ -186,20 +187,6 @@ def make_targets(
         return jnp.moveaxis(trajectory(params, noise, cond), 0, 1)
 
     return targets
-
-
-def draw(settings: Settings, key: Key) -> tuple[Array, dict[str, Array]]:
-    """Unit noise (B, *image_shape) and cond, {"label": int32 (B,)} uniform over the classes or {} without classes.
-
-    Sample i depends on `key` and i only, whatever the batch size and the number of devices.
-    """
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(settings.batch_size))
-    noise_keys, label_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-    noise = jax.vmap(lambda k: jax.random.normal(k, settings.image_shape))(noise_keys)
-    if not settings.num_classes:
-        return noise, {}
-    label = jax.vmap(lambda k: jax.random.randint(k, (), 0, settings.num_classes, jnp.int32))(label_keys)
-    return noise, {"label": label}
 
 
 def make_update(
@@ -346,17 +333,6 @@ def _released_rule(g: Array) -> Array:
     return jnp.where(jnp.isinf(finite), jnp.sign(finite) * 1e5, finite)
 
 
-def _metrics(trace: Trace, rate: Array) -> Metrics:
-    bad = trace.nonfinite_leaf >= 0
-    first = trace.nonfinite_leaf[jnp.argmax(bad)]  # the earliest bad update; index 0, hence -1, where none is
-    values = {"loss": jnp.mean(trace.loss), "grad_norm": jnp.mean(trace.grad_norm), "learning_rate": rate}
-    return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()} | {"nonfinite_leaf": first}
-
-
-def _by_level(trace: Trace) -> Metrics:
-    return {f"loss_t{k}": jnp.asarray(loss, jnp.float32) for k, loss in enumerate(trace.loss)}
-
-
 def _grid(settings: Settings, num: int, options: dict[str, Any]) -> np.ndarray:
     """`num` noise levels: N of the student, or K(N-1)+1 of the teacher."""
     return student_grid(num, settings.sigma_min, settings.sigma_max, grid=settings.grid, rho=settings.rho, **options)
@@ -369,18 +345,8 @@ def _check(settings: Settings) -> None:
         check_num_steps(num, settings.afs)
     if settings.step_condition not in STEP_CONDITIONS:
         raise ValueError(f"step_condition must be one of {STEP_CONDITIONS}, found {settings.step_condition!r}")
-    if settings.teacher_factor < 1:
-        raise ValueError(
-            f"teacher_factor is the number of teacher steps per student step, at least 1, "
-            f"found {settings.teacher_factor}"
-        )
-    if settings.batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, found {settings.batch_size}")
+    from_noise.check(settings)
     if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
         raise ValueError(
             f"accumulate divides the batch into equal parts, found {settings.accumulate} parts of {settings.batch_size}"
         )
-    if not settings.image_shape or min(settings.image_shape) < 1:
-        raise ValueError(f"image_shape is the shape of one sample, e.g. (32, 32, 3), found {settings.image_shape}")
-    if settings.num_classes < 0:
-        raise ValueError(f"num_classes must be 0 (no labels) or positive, found {settings.num_classes}")

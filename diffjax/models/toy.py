@@ -33,9 +33,9 @@ def _modulate(h_BD: Array, shift_BD: Array, scale_BD: Array) -> Array:
 
 
 class _Block(nnx.Module):
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, embedding_width: int, *, rngs: nnx.Rngs):
         self.modulation = nnx.Linear(
-            width, 3 * width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
+            embedding_width, 3 * width, kernel_init=nnx.initializers.zeros_init(), rngs=rngs
         )
         self.expand = nnx.Linear(width, 2 * width, rngs=rngs)
         self.contract = nnx.Linear(2 * width, width, rngs=rngs)
@@ -52,7 +52,8 @@ class ResidualMLP(nnx.Module):
     """Raw network F: x (B, H, W, C), noise_label (B,) -> (B, H, W, C), float32.
 
     cond["label"] (B,) int in 0..num_classes selects the class, num_classes (also where absent) is
-    the null class. With `step_condition` cond["step"] (a scalar) is added to the embedding, from zero weights with
+    the null class. `embedding_width` is that of the embedding of noise level and class, 0 = `width`; images of D numbers
+    need a width of D or more, or they do not pass. With `step_condition` cond["step"] (a scalar) is added to the embedding, from zero weights with
     `zero_init_step`; with `guidance_condition` cond["guidance_scale"] (B,), from zero weights. `key` switches dropout
     (probability `dropout`) on.
     """
@@ -67,25 +68,27 @@ class ResidualMLP(nnx.Module):
         step_condition: bool = False,
         zero_init_step: bool = False,
         guidance_condition: bool = False,
+        embedding_width: int = 0,
         *,
         rngs: nnx.Rngs,
     ):
+        embedding = embedding_width or width
         pixels = image_shape[0] * image_shape[1] * image_shape[2]
         self.image_shape, self.num_classes, self.dropout = image_shape, num_classes, dropout
-        self.noise_in = nnx.Linear(2 * _FREQUENCIES, width, rngs=rngs)
-        self.noise_out = nnx.Linear(width, width, rngs=rngs)
+        self.noise_in = nnx.Linear(2 * _FREQUENCIES, embedding, rngs=rngs)
+        self.noise_out = nnx.Linear(embedding, embedding, rngs=rngs)
         if num_classes:
-            self.label_embedding = nnx.Embed(num_classes + 1, width, rngs=rngs)
+            self.label_embedding = nnx.Embed(num_classes + 1, embedding, rngs=rngs)
         self.condition_names = ("step",) * step_condition + ("guidance_scale",) * guidance_condition
         zero = nnx.initializers.zeros_init()
         if step_condition:
-            self.step_in = nnx.Linear(2 * _FREQUENCIES, width, rngs=rngs)
-            self.step_out = nnx.Linear(width, width, **({"kernel_init": zero} if zero_init_step else {}), rngs=rngs)
+            self.step_in = nnx.Linear(2 * _FREQUENCIES, embedding, rngs=rngs)
+            self.step_out = nnx.Linear(embedding, embedding, **({"kernel_init": zero} if zero_init_step else {}), rngs=rngs)
         if guidance_condition:
-            self.guidance_in = nnx.Linear(2 * _FREQUENCIES, width, rngs=rngs)
-            self.guidance_out = nnx.Linear(width, width, kernel_init=zero, rngs=rngs)
+            self.guidance_in = nnx.Linear(2 * _FREQUENCIES, embedding, rngs=rngs)
+            self.guidance_out = nnx.Linear(embedding, embedding, kernel_init=zero, rngs=rngs)
         self.image_in = nnx.Linear(pixels, width, rngs=rngs)
-        self.blocks = nnx.List([_Block(width, rngs=rngs) for _ in range(depth)])
+        self.blocks = nnx.List([_Block(width, embedding, rngs=rngs) for _ in range(depth)])
         self.image_out = nnx.Linear(width, pixels, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:

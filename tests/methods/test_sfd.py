@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from diffjax.core import gaussian, grids, solvers
-from diffjax.methods import sfd
+from diffjax.methods import from_noise, sfd
 from diffjax.sampling.sample import sample
 from diffjax.train import optim
 
@@ -289,7 +289,7 @@ def test_one_program_per_number_of_levels():
 
 
 def test_draws_do_not_depend_on_the_batch():
-    draw = jax.jit(sfd.draw, static_argnums=0)
+    draw = jax.jit(from_noise.draw, static_argnums=0)
     many, few = (draw(settings(batch_size=b, num_classes=10), jax.random.key(7)) for b in (4000, 8))
     np.testing.assert_array_equal(many[0][:8], few[0])
     np.testing.assert_array_equal(many[1]["label"][:8], few[1]["label"])
@@ -297,7 +297,7 @@ def test_draws_do_not_depend_on_the_batch():
     assert many[1]["label"].dtype == jnp.int32 and len(counts) == 10
     assert np.all(np.abs(counts - 400) < 5 * np.sqrt(400 * 0.9))  # five standard deviations of a uniform class
     assert abs(np.mean(many[0])) < 5 / np.sqrt(24000) and abs(np.std(many[0]) - 1) < 5 / np.sqrt(48000)
-    assert sfd.draw(settings(), jax.random.key(7))[1] == {}
+    assert from_noise.draw(settings(), jax.random.key(7))[1] == {}
 
 
 def test_what_each_network_is_told():
