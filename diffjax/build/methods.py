@@ -58,7 +58,7 @@ def _edm(config: ConfigDict) -> Parts:
 
 
 def _pd(config: ConfigDict) -> Parts:
-    teacher = runs.load_run(config.method.teacher)
+    teacher = _teacher(config)
     options = _settings_options(config, pd.Settings, "num_steps")
     if config.method.get("stage") == "match" and not teacher.null_class:
         raise ValueError(
@@ -113,8 +113,19 @@ def _prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
 # From a teacher ------------------------------------------------------------------------------------------------
 
 
-def _sfd(config: ConfigDict) -> Parts:
+def _teacher(config: ConfigDict) -> runs.Run:
+    """The run config.method.teacher. Raises ValueError for one whose network is another run's."""
     teacher = runs.load_run(config.method.teacher)
+    if teacher.config.method.get("name") == "amed":
+        raise ValueError(
+            f"config.method.teacher = {config.method.teacher!r} is a sampler of {teacher.config.method.teacher!r} with "
+            "no network of its own: give that run as the teacher"
+        )
+    return teacher
+
+
+def _sfd(config: ConfigDict) -> Parts:
+    teacher = _teacher(config)
     settings = sfd_settings(config, teacher)
     denoise, init_params = _student(config, teacher)
     distance, distance_params = _perceptual(config)
@@ -129,11 +140,19 @@ def _sfd(config: ConfigDict) -> Parts:
         method=method,
         init_params=init_params,
         frozen=sfd.Frozen({} if cache else teacher.params, distance_params),
-        batches=(lambda: trajectories.Cached(cache, trajectories_for(config, teacher, settings))) if cache else loader.NoData,
+        batches=_cached(config, teacher, settings) if cache else loader.NoData,
         denoise=runs.sampling_denoiser(told, plan),
         data=teacher.data,
         plan=plan,
     )
+
+
+def _cached(config: ConfigDict, teacher: runs.Run, settings: sfd.Settings) -> Callable[[], loader.Batches]:
+    # opened at once: a cache that does not fit is said before any work
+    num_steps = -(-config.train.total_images // config.train.batch_size)
+    made_for = trajectories_for(config, teacher, settings)
+    cached = trajectories.Cached(config.method.trajectories, made_for, num_steps)
+    return lambda: cached
 
 
 def sfd_settings(config: ConfigDict, teacher: runs.Run) -> sfd.Settings:
@@ -158,7 +177,7 @@ def teacher_targets(config: ConfigDict) -> tuple[Callable[[int], np.ndarray], di
     config = runs.resolve(config)
     if config.method.name != "sfd":
         raise ValueError(f"trajectories are cached for method 'sfd', found {config.method.name!r}")
-    teacher = runs.load_run(config.method.teacher)
+    teacher = _teacher(config)
     settings = sfd_settings(config, teacher)
     compute = jax.jit(sfd.make_targets(settings, sfd_teacher(settings, teacher)))
 
@@ -218,7 +237,7 @@ def _perceptual(config: ConfigDict) -> tuple[Callable | None, Params]:
 
 
 def _amed(config: ConfigDict) -> Parts:
-    teacher = runs.load_run(config.method.teacher)
+    teacher = _teacher(config)
     options = _settings_options(config, amed.Settings, "num_steps")
     settings = amed.Settings(
         **options, num_steps=config.method.num_steps, batch_size=config.train.batch_size,

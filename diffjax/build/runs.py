@@ -172,14 +172,14 @@ def _searched_plan(run: Run, section: dict[str, Any]) -> solvers.Plan:
     x = generate.initial_noise(seed, ids, run.data.shape) * ends[1]
     cond = {"label": generate.draw_labels(seed, ids, run.data.num_classes)} if run.data.num_classes else {}
     teacher = grids.make_grid("polynomial", _GITS_LEVELS, *ends)
-    key = id(run.params), ends
-    if key not in _matrices:
-        _matrices.clear()  # of one network at a time
-        _matrices[key] = gits.cost_matrix(run.denoise, run.params, x, teacher, cond, batch_size=64)
-    return _on_levels(teacher[gits.shortest_path(_matrices[key], options.pop("num_steps"))], options)
+    # one matrix serves every number of steps; it is kept with the weights it belongs to, for one network at a time
+    if not _searched or _searched[0] is not run.params or _searched[1] != ends:
+        matrix = gits.cost_matrix(run.denoise, run.params, x, teacher, cond, batch_size=64)
+        _searched[:] = [run.params, ends, matrix]
+    return _on_levels(teacher[gits.shortest_path(_searched[2], options.pop("num_steps"))], options)
 
 
-_matrices: dict[Any, np.ndarray] = {}  # of GITS, which serves every number of steps
+_searched: list[Any] = []  # parameters, (sigma_min, sigma_max), cost matrix
 
 
 # Samples -------------------------------------------------------------------------------------------------------

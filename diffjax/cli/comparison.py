@@ -86,11 +86,14 @@ def entries(config: ConfigDict) -> list[Entry]:
     return [*solver_entries(config, teacher), *student_entries(config, teacher, config.seeds[0])]
 
 
-def measure(config: ConfigDict, progress: Callable[[str], None] = lambda text: None) -> tuple[Rows, dict]:
-    """Rows of the table `frechet_by_calls`, and the first images of each (method, nfe) for the grids."""
+def measure(
+    config: ConfigDict, progress: Callable[[str], None] = lambda text: None
+) -> tuple[Rows, dict, np.ndarray]:
+    """Rows of the table `frechet_by_calls`, the first images of each (method, nfe) for the grids, and the data."""
     teacher = build.load_run(folder_of(config, config.teacher, 0))
     free = list(solver_entries(config, teacher))
-    reference = fid.pixel_statistics(build.all_images(teacher.config.data))
+    data = build.all_images(teacher.config.data)
+    reference = fid.pixel_statistics(data)
     rows, pictures = [], {}
     for seed in config.seeds:
         for entry in (*free, *student_entries(config, teacher, seed)):
@@ -100,7 +103,7 @@ def measure(config: ConfigDict, progress: Callable[[str], None] = lambda text: N
                 distance = fid.frechet_distance(*fid.pixel_statistics(samples), *reference)
                 rows.append({"method": entry.method, "nfe": nfe, "seed": seed, "frechet_distance": distance})
                 pictures.setdefault((entry.method, nfe), np.asarray(generate.to_uint8(samples[: config.grid_columns])))
-    return rows, pictures
+    return rows, pictures, data
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -222,13 +225,12 @@ def compare(
     """Measure, draw, and write `report.md` and `report.json` into `workdir`; returns the report's path."""
     start = time.perf_counter()
     costs = cost(config)  # first: it knows at once which runs are not finished
-    rows, pictures = measure(config, progress)
+    rows, pictures, data = measure(config, progress)
     free = tuple(config.solvers)
     gaps = gap_closed(rows, free)
     workdir.mkdir(parents=True, exist_ok=True)
     comparison_report.draw_plot(rows, free, workdir / "frechet_by_calls.png")
     comparison_report.draw_grids(pictures, rows, gaps, free, workdir / "samples.png")
-    data = build.all_images(build.resolve(build.load_run(folder_of(config, config.teacher, 0)).config).data)
     tables = {
         "means": means(rows),
         "gap_closed": gaps,

@@ -35,7 +35,7 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_string("solver", None, "euler, heun, dpm2s, ipndm, ipndm_v, dpmpp, unipc, deis, ...", **common)
     absl_flags.DEFINE_integer("num_steps", None, "noise levels N of the grid, N-1 steps", **common)
     absl_flags.DEFINE_integer("order", None, "order of a multistep solver", **common)
-    absl_flags.DEFINE_string("grid", None, "polynomial, logsnr, time_uniform or discrete", **common)
+    absl_flags.DEFINE_string("grid", None, "polynomial, logsnr, time_uniform, or gits: searched for this network", **common)
     absl_flags.DEFINE_float("sigma_min", None, "last noise level", **common)
     absl_flags.DEFINE_float("sigma_max", None, "first noise level", **common)
     absl_flags.DEFINE_float("rho", None, "exponent of the grid", **common)

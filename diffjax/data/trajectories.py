@@ -32,7 +32,7 @@ def write(
     if (folder / HEADER).exists():
         raise FileExistsError(f"{folder} holds finished trajectories: choose another folder, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, made_for)
+    _claim(folder, {**made_for, "total_steps": num_steps})
     for first in range(0, num_steps, _SHARD_STEPS):
         last = min(first + _SHARD_STEPS, num_steps)
         path = folder / _shard(first)
@@ -54,10 +54,10 @@ class Cached:
     """Batches {"target": float32 (B, n, H, W, C)} in the order of the steps they were made for, with a position.
 
     Raises FileNotFoundError where `folder` holds no finished cache, ValueError naming every difference between what
-    it was made for and `made_for`.
+    it was made for and `made_for`, and where it ends before step `num_steps` of the run.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], made_for: Mapping[str, Any]):
+    def __init__(self, folder: str | os.PathLike[str], made_for: Mapping[str, Any], num_steps: int):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         folder = Path(folder)
@@ -75,6 +75,11 @@ class Cached:
         self._shape, self._num_steps = tuple(header["shape"]), header["num_steps"]
         shards = [str(folder / _shard(first)) for first in range(0, self._num_steps, _SHARD_STEPS)]
         self._records, self._step, self._folder = ArrayRecordDataSource(shards), 0, folder
+        if self._num_steps < num_steps:
+            raise ValueError(
+                f"{folder} holds the trajectories of {self._num_steps} steps, the run has {num_steps}: make more in "
+                "another folder, or lower train.total_images"
+            )
         if len(self._records) != self._num_steps:
             raise ValueError(f"{folder} has {len(self._records)} records, expected {self._num_steps}: make it again")
 

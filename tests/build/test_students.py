@@ -129,10 +129,13 @@ def test_cached_trajectories_give_the_losses_without_them(runs, tmp_path, monkey
     other = small("sfd_digits.py:2", runs / "teacher", method__trajectories=str(tmp_path / "cache"))
     other.seed = 1
     with pytest.raises(ValueError, match="do not fit this run:\n  seed: made for 0, the run has 1"):
-        build.experiment(other).batches()
+        build.experiment(other)
+    longer = small("sfd_digits.py:2", runs / "teacher", method__trajectories=str(tmp_path / "cache"), train__total_images=80)
+    with pytest.raises(ValueError, match="holds the trajectories of 4 steps, the run has 5"):
+        build.experiment(longer)
     config.method.trajectories = str(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="no finished trajectories: make them with diffjax.cli.prepare"):
-        build.experiment(config).batches()
+        build.experiment(config)
 
 
 def test_prepare_goes_on_after_a_stop(runs, tmp_path, capsys):
@@ -148,7 +151,7 @@ def test_prepare_goes_on_after_a_stop(runs, tmp_path, capsys):
     assert flags.run(prepare.__doc__, prepare.define, prepare.main, [*argv, "--dry_run"]) == 0
     assert "4 steps of 16 trajectories" in capsys.readouterr().out
     assert flags.run(prepare.__doc__, prepare.define, prepare.main, argv) == 0
-    cached = build.methods.trajectories.Cached(tmp_path / "cache", made_for)
+    cached = build.methods.trajectories.Cached(tmp_path / "cache", made_for, 4)
     np.testing.assert_array_equal(next(cached)["target"], targets(0))
     state = cached.get_state()
     second = next(cached)["target"]
@@ -190,6 +193,8 @@ def test_amed_plugin(runs, tmp_path):
     assert np.all(np.isfinite(build.draw(student, build.run_plan(student), **DRAW)))
     with pytest.raises(ValueError, match="found num_steps=5, and this student was trained"):
         build.run_plan(student, num_steps=5)
+    with pytest.raises(ValueError, match="with no network of its own: give that run as the teacher"):
+        build.experiment(small("sfd_digits.py:2", tmp_path / "amed"))
 
 
 def test_gits_levels_are_among_the_teachers(runs):
@@ -197,6 +202,11 @@ def test_gits_levels_are_among_the_teachers(runs):
     levels = {"sigma_min": 0.006, "sigma_max": 80.0, "to_zero": False}
     plan = build.run_plan(teacher, solver="ipndm", grid="gits", num_steps=6, order=4, **levels)
     fine = build.run_plan(teacher, solver="euler", num_steps=61, **levels).sigmas
+    # other weights are searched anew
+    moved = teacher._replace(params={**teacher.params, "image_out": {"bias": teacher.params["image_out"]["bias"] + 0.5,
+                                                                    "kernel": teacher.params["image_out"]["kernel"]}})  # fmt: skip
+    build.run_plan(moved, solver="ipndm", grid="gits", num_steps=6, order=4, **levels)
+    assert build.runs._searched[0] is moved.params
     assert plan.nfe == 5 and np.all(np.isin(plan.sigmas, fine)) and plan.sigmas[0] == 80.0
 
 
