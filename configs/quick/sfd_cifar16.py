@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "teacher_solver": "ipndm",
         "teacher_order": 4,
     }
-    rate, images = 3e-4, 32_000
+    rate, images = 4e-4, 32_000
     if arg == "v":
         config.model.step_condition = True
         method |= {"num_steps": (4, 5, 6, 7), "step_condition": "num_steps"}
@@ -45,18 +45,18 @@ def get_config(arg: str = "") -> ConfigDict:
         method |= {"teacher": "runs/sfd_cifar10/seed_0/student_v", "num_steps": 3, "teacher_factor": 3}
         # 0: the order of Euler's method is its own
         method |= {"teacher_solver": "euler", "teacher_order": 0, "teacher_afs": True, "step_condition": "num_steps"}
-        rate, images = 3e-4, 64_000
+        images = 64_000
     config.method = ConfigDict(method)
-    config.optim = ConfigDict({"name": "adam", "learning_rate": rate, "schedule": "half_drop"})
+    config.optim = ConfigDict({"name": "adam", "learning_rate": rate, "schedule": "cosine"})
     config.ema = ConfigDict({"halflife_images": 0})
     config.train = ConfigDict(
         {
-            "batch_size": 128,
+            "batch_size": 64,
             "total_images": images,
-            "log_every_steps": 50,
-            "checkpoint_every_steps": 250,
+            "log_every_steps": 100,
+            "checkpoint_every_steps": 500,
             "checkpoint_every_minutes": 10.0,
-            "sample_every_steps": 250,
+            "sample_every_steps": 500,
         }
     )
     return config
