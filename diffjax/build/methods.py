@@ -10,10 +10,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.build import networks, runs
-from diffjax.core import names, rng, trees
+from diffjax.core import guidance, names, rng, trees
 from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Params
 from diffjax.data import loader, sources, trajectories, transforms
-from diffjax.methods import amed, edm, pd, sfd
+from diffjax.methods import amed, edm, emd, emd_chain, pd, sfd
 from diffjax.metrics import lpips
 from diffjax.runtime import mesh
 from diffjax.sampling.sample import sample as follow_plan
@@ -267,6 +267,58 @@ def _amed(config: ConfigDict) -> Parts:
     )
 
 
+def _emd(config: ConfigDict) -> Parts:
+    teacher = _teacher(config)
+    if teacher.config.method.get("name") != "edm":
+        raise ValueError(
+            f"EMD needs a teacher that denoises at every noise level, and {config.method.teacher} is a student of method "
+            f"{teacher.config.method.get('name')!r}: give the run that it was distilled from"
+        )
+    apart = ("noise_step", "latent_step", "guidance_scale", "score_optim", "regression", "perceptual")
+    settings = emd.Settings(
+        **_settings_options(config, emd.Settings, *apart), batch_size=config.train.batch_size,
+        image_shape=teacher.data.shape, num_classes=teacher.data.num_classes,
+    )  # fmt: skip
+    denoise, init_params = _student(config, teacher)
+    regression, distance_params = _regression(config)
+    method = emd.make(
+        settings, _guided(config, teacher), denoise, emd.Update(*_optimizer(config)),
+        emd.Update(*_optimizer(config, config.method.get("score_optim"))), regression=regression,
+        batch_sharding=_batch_sharding(config),
+    )  # fmt: skip
+    step_sizes = emd_chain.StepSizes(*(jnp.float32(config.method[key]) for key in ("noise_step", "latent_step")))
+    plan = runs.student_plan(config.method)
+    return Parts(
+        method=method,
+        init_params=init_params,
+        frozen=emd.Frozen(teacher.params, step_sizes, distance_params),
+        batches=loader.NoData,
+        denoise=runs.sampling_denoiser(runs.Run(config, denoise, {}, 0, teacher.data), plan),
+        data=teacher.data,
+        plan=plan,
+    )
+
+
+def _guided(config: ConfigDict, teacher: runs.Run) -> Denoiser:
+    """The teacher's network, guided at config.method.guidance_scale where that is set."""
+    scale = config.method.get("guidance_scale", 1.0)
+    if scale == 1.0:
+        return teacher.denoise
+    runs.check_guidance(teacher, scale)
+    return guidance.cfg(teacher.denoise, scale, runs.uncond(teacher.data.num_classes))
+
+
+def _regression(config: ConfigDict) -> tuple[emd.Regression | None, Params]:
+    """(term, parameters of its distance) of the section method.regression: {weight, and what a `sample` section has}."""
+    options = config.method.get("regression", ConfigDict()).to_dict()
+    weight = options.pop("weight", 0.0)
+    if not weight:
+        return None, {}
+    distance, params = _perceptual(config)
+    chosen = {} if distance is None else {"distance": distance}
+    return emd.Regression(runs.plan(options), weight, **chosen), params
+
+
 def _student(config: ConfigDict, teacher: runs.Run) -> tuple[Denoiser, Callable[[], Params]]:
     """The student's network and its first weights: the teacher's, and fresh ones for conditions that are new."""
     if config.model == teacher.config.model:
@@ -290,7 +342,7 @@ _CONDITION_LAYERS = ("map_step_", "affine_step", "map_guidance", "step_in", "ste
 # Common --------------------------------------------------------------------------------------------------------
 
 
-METHODS: dict[str, Callable[[ConfigDict], Parts]] = {"edm": _edm, "sfd": _sfd, "pd": _pd, "amed": _amed}
+METHODS: dict[str, Callable[[ConfigDict], Parts]] = {"edm": _edm, "sfd": _sfd, "pd": _pd, "amed": _amed, "emd": _emd}
 
 
 def _settings_options(config: ConfigDict, settings: type, *apart: str) -> dict[str, Any]:
@@ -304,9 +356,9 @@ def _batch_sharding(config: ConfigDict) -> jax.sharding.Sharding:
     return mesh.batch_sharding(mesh.make_mesh(config.train.get("num_devices", 0) or None))
 
 
-def _optimizer(config: ConfigDict) -> tuple[Any, Callable[[Array], Array]]:
-    """(optimizer, learning_rate) of the `optim` section."""
-    options = config.optim.to_dict()
+def _optimizer(config: ConfigDict, section: ConfigDict | None = None) -> tuple[Any, Callable[[Array], Array]]:
+    """(optimizer, learning_rate) of the `optim` section, or of another."""
+    options = (config.optim if section is None else section).to_dict()
     rate = {key: options.pop(key) for key in ("learning_rate", "schedule", "warmup_images") if key in options}
     names.check_options(optim.make_optimizer, options, "config.optim")
     train = config.train

@@ -15,7 +15,7 @@ from diffjax.build import networks
 from diffjax.core import grids, guidance, solvers, trees
 from diffjax.core.types import Denoiser, Params
 from diffjax.data import sources
-from diffjax.methods import amed
+from diffjax.methods import amed, emd
 from diffjax.models import amed_predictor
 from diffjax.nn import functional
 from diffjax.runtime import checkpoint, configs
@@ -135,6 +135,10 @@ def student_plan(
     """
     trained = trained_steps(method)
     num = trained[0] if num_steps is None else num_steps
+    if method["name"] == "emd":
+        if num != 2:
+            raise ValueError(f"found num_steps={num}, and this generator makes one step, between 2 noise levels: leave it out")
+        return solvers.make_plan("euler", np.array([method.get("generator_sigma", 5.0), 0.0]))
     told = method.get("step_condition", "") or method["name"] == "amed"
     if told and num not in trained:
         raise ValueError(f"found num_steps={num}, and this student was trained for num_steps in {trained} and told so")
@@ -148,12 +152,18 @@ def student_plan(
 
 def trained_steps(method: Mapping[str, Any]) -> tuple[int, ...]:
     """The N of a `method` section: a number, or a list of them."""
+    if method["name"] == "emd":
+        return (2,)
     num = method["num_steps"]
     return (num,) if isinstance(num, int) else tuple(num)
 
 
 def sampling_denoiser(run: Run, plan: solvers.Plan) -> Denoiser:
-    """The network of `run` as it is called along `plan`: a student with a step condition is told it."""
+    """The network of `run` as it is called along `plan`: a student with a step condition is told it, a generator has
+    its own input."""
+    if run.config.method.get("latent") == "unit":
+        sigma = float(plan.sigmas[0])
+        return _scaled(run.denoise, emd.latent_scale(sigma, "unit") / sigma)
     kind = run.config.method.get("step_condition", "")
     return _conditioned(run.denoise, kind, tuple(np.asarray(plan.sigmas).tolist())) if kind else run.denoise
 
@@ -162,6 +172,11 @@ def sampling_denoiser(run: Run, plan: solvers.Plan) -> Denoiser:
 def _conditioned(denoise: Denoiser, kind: str, sigmas: tuple[float, ...]) -> Denoiser:
     # the same function for the same plan: programs are cached by it
     return few_step.with_step_condition(denoise, kind, np.asarray(sigmas))
+
+
+@functools.lru_cache(maxsize=64)
+def _scaled(denoise: Denoiser, scale: float) -> Denoiser:
+    return lambda params, x, sigma, cond=None, key=None: denoise(params, scale * x, sigma, cond, key)
 
 
 def _searched_plan(run: Run, section: dict[str, Any]) -> solvers.Plan:
@@ -205,11 +220,8 @@ def draw(
     if told:
         scale = 1.0 if guidance_scale is None else guidance_scale
         cond["guidance_scale"] = np.full(len(sample_ids), scale, np.float32)
-    elif guidance_scale is not None and not run.null_class:
-        raise ValueError(
-            f"guidance_scale={guidance_scale} needs a null class and this run was trained without one: train with "
-            "config.method.label_dropout > 0, or leave guidance_scale out"
-        )
+    elif guidance_scale is not None:
+        check_guidance(run, guidance_scale)
     guided = guidance_scale is not None and not told
     return generate.generate(
         sampling_denoiser(run, plan),
@@ -222,13 +234,23 @@ def draw(
         cond=cond,
         num_classes=run.data.num_classes or None,
         guidance_scale=guidance_scale if guided else None,
-        uncond=_uncond(run.data.num_classes) if guided else None,
+        uncond=uncond(run.data.num_classes) if guided else None,
         sampler=run.sampler,
     )
 
 
+def check_guidance(run: Run, guidance_scale: float) -> None:
+    """Raises ValueError for a network that cannot be guided: trained without a null class."""
+    if not run.null_class:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs a null class and this run was trained without one: train "
+            "with config.method.label_dropout > 0, or leave guidance_scale out"
+        )
+
+
 @functools.cache
-def _uncond(num_classes: int) -> guidance.Uncond:
+def uncond(num_classes: int) -> guidance.Uncond:
+    """From labels to the null class, the same function for the same number of classes."""
     return functools.partial(guidance.null_label, num_classes=num_classes)
 
 

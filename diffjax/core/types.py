@@ -15,7 +15,7 @@ Array = jax.Array
 Key = jax.Array  # a typed key, jax.random.key
 Params = Mapping[str, Any]  # nested dict of arrays
 Batch = Mapping[str, Array]
-Metrics = Mapping[str, Array]  # float32 scalars; "nonfinite_leaf" is reserved, see Method
+Metrics = Mapping[str, Array]  # float32 scalars; "nonfinite_*" are reserved, see Method
 
 # Conditions by name; absent keys (or None) mean "not given". The names in use:
 #   label      int32 (B,), 0..num_classes; num_classes itself is the null class
@@ -48,7 +48,7 @@ class Method(NamedTuple):
     step(state, frozen, batch, key, iteration) -> (state, metrics): one iteration. `frozen` holds
       parameters that are read, never trained (a teacher), `iteration` is an int32 scalar that
       counts from 0. metrics["nonfinite_leaf"] is the index (order of `trees.paths`) of the first
-      parameter whose gradient was not finite, -1 where all were.
+      parameter whose gradient was not finite, "nonfinite_sample" that of a sample, -1 where all were.
     """
 
     init: Callable[[Params], Any]

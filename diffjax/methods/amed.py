@@ -227,4 +227,4 @@ def _check(settings: Settings) -> None:
     lookup(LOSSES, settings.loss, "loss")
     if settings.num_steps < 2:
         raise ValueError(f"num_steps counts noise levels (steps + 1), at least 2, found {settings.num_steps}")
-    from_noise.check(settings)
+    from_noise.check(settings, settings.teacher_factor)

@@ -9,12 +9,11 @@ from diffjax.core.types import Array, Key, Metrics
 
 
 class FromNoise(Protocol):
-    """The settings used here, of SFD and AMED."""
+    """The settings used here, of SFD, AMED and EMD."""
 
     batch_size: int
     image_shape: tuple[int, ...]
     num_classes: int
-    teacher_factor: int
 
 
 class Updates(Protocol):
@@ -52,12 +51,11 @@ def by_level(trace: Updates) -> Metrics:
     return {f"loss_t{k}": jnp.asarray(loss, jnp.float32) for k, loss in enumerate(trace.loss)}
 
 
-def check(settings: FromNoise) -> None:
-    """Raises ValueError for settings that cannot work."""
-    if settings.teacher_factor < 1:
+def check(settings: FromNoise, teacher_factor: int = 1) -> None:
+    """Raises ValueError for settings that cannot work; `teacher_factor`: teacher steps per student step."""
+    if teacher_factor < 1:
         raise ValueError(
-            f"teacher_factor is the number of teacher steps per student step, at least 1, "
-            f"found {settings.teacher_factor}"
+            f"teacher_factor is the number of teacher steps per student step, at least 1, found {teacher_factor}"
         )
     if settings.batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, found {settings.batch_size}")

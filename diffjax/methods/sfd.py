@@ -345,7 +345,7 @@ def _check(settings: Settings) -> None:
         check_num_steps(num, settings.afs)
     if settings.step_condition not in STEP_CONDITIONS:
         raise ValueError(f"step_condition must be one of {STEP_CONDITIONS}, found {settings.step_condition!r}")
-    from_noise.check(settings)
+    from_noise.check(settings, settings.teacher_factor)
     if settings.accumulate < 1 or settings.batch_size % settings.accumulate:
         raise ValueError(
             f"accumulate divides the batch into equal parts, found {settings.accumulate} parts of {settings.batch_size}"

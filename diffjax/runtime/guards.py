@@ -36,17 +36,19 @@ class Preempted(SystemExit):
 
 
 def check_finite(step: int, metrics: Mapping[str, float], paths: Sequence[str]) -> None:
-    """Raises NonFiniteError when a metric is not finite or `nonfinite_leaf` points at a parameter.
+    """Raises NonFiniteError when a metric is not finite, `nonfinite_leaf` points at a parameter, or `nonfinite_sample`
+    at a sample of the batch.
 
     step: 1-based count of finished steps. paths: `trees.paths` of the parameters.
     """
     bad = [f"{name} = {value}" for name, value in metrics.items() if not math.isfinite(value)]
-    leaf = int(metrics.get("nonfinite_leaf", -1))
-    if not bad and leaf < 0:
+    leaf, sample = (int(metrics.get(f"nonfinite_{what}", -1)) for what in ("leaf", "sample"))
+    if not bad and leaf < 0 and sample < 0:
         return
     where = f"; first parameter with a non-finite gradient: {paths[leaf]}" if leaf >= 0 else ""
+    where += f"; first sample of the batch that is not finite: {sample}" if sample >= 0 else ""
     raise NonFiniteError(
-        f"step {step}: found non-finite {', '.join(bad) or 'gradients'}{where}. Nothing after the last checkpoint "
+        f"step {step}: found non-finite {', '.join(bad) or ('gradients' if leaf >= 0 else 'states')}{where}. Nothing after the last checkpoint "
         f"is kept. Lower config.optim.learning_rate, set config.optim.clip_norm, or look at the batch of this step"
     )
 
