@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.build import methods
+from diffjax.build.costs import emd_iteration
 from diffjax.build.methods import teacher_targets
 from diffjax.build.networks import data_shape, denoiser
 from diffjax.build.runs import Run, draw, load_run, plan, resolve, run_plan, trained_steps
@@ -26,8 +27,8 @@ from diffjax.train import ema, loop, step
 from diffjax.train import state as train_state
 
 __all__ = [
-    "SECTIONS", "Run", "all_images", "data_shape", "denoiser", "draw", "experiment", "load_run", "plan", "resolve",
-    "run_plan", "teacher_targets", "trained_steps",
+    "SECTIONS", "Run", "all_images", "data_shape", "denoiser", "draw", "emd_iteration", "experiment", "load_run",
+    "plan", "resolve", "run_plan", "teacher_targets", "trained_steps",
 ]  # fmt: skip
 
 SECTIONS = ("seed", "data", "model", "method", "optim", "ema", "train", "sample", "allow_config_change")

@@ -11,10 +11,13 @@ from ml_collections import ConfigDict
 
 from diffjax.build import networks, runs
 from diffjax.core import guidance, names, rng, trees
-from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Params
+from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Params
 from diffjax.data import loader, sources, trajectories, transforms
-from diffjax.methods import amed, edm, emd, emd_chain, pd, sfd
+from diffjax.methods import amed, density_ratio, edm, emd, emd_chain, pd, sfd
+from diffjax.methods.update import Update
 from diffjax.metrics import lpips
+from diffjax.models import ratio_head
+from diffjax.nn import functional
 from diffjax.runtime import mesh
 from diffjax.sampling.sample import sample as follow_plan
 from diffjax.train import optim
@@ -274,16 +277,17 @@ def _emd(config: ConfigDict) -> Parts:
             f"EMD needs a teacher that denoises at every noise level, and {config.method.teacher} is a student of method "
             f"{teacher.config.method.get('name')!r}: give the run that it was distilled from"
         )
-    apart = ("noise_step", "latent_step", "guidance_scale", "score_optim", "regression", "perceptual")
+    apart = ("noise_step", "latent_step", "guidance_scale", "score_optim", "regression", "perceptual", "ratio_optim")
     settings = emd.Settings(
         **_settings_options(config, emd.Settings, *apart), batch_size=config.train.batch_size,
         image_shape=teacher.data.shape, num_classes=teacher.data.num_classes,
     )  # fmt: skip
     denoise, init_params = _student(config, teacher)
     regression, distance_params = _regression(config)
+    ratio = _ratio(config, teacher) if "ratio_optim" in config.method else None
     method = emd.make(
-        settings, _guided(config, teacher), denoise, emd.Update(*_optimizer(config)),
-        emd.Update(*_optimizer(config, config.method.get("score_optim"))), regression=regression,
+        settings, _guided(config, teacher), denoise, Update(*_optimizer(config)),
+        Update(*_optimizer(config, config.method.get("score_optim"))), regression=regression, ratio=ratio,
         batch_sharding=_batch_sharding(config),
     )  # fmt: skip
     step_sizes = emd_chain.StepSizes(*(jnp.float32(config.method[key]) for key in ("noise_step", "latent_step")))
@@ -292,7 +296,7 @@ def _emd(config: ConfigDict) -> Parts:
         method=method,
         init_params=init_params,
         frozen=emd.Frozen(teacher.params, step_sizes, distance_params),
-        batches=loader.NoData,
+        batches=loader.NoData if ratio is None else _batches(config),
         denoise=runs.sampling_denoiser(runs.Run(config, denoise, {}, 0, teacher.data), plan),
         data=teacher.data,
         plan=plan,
@@ -309,7 +313,7 @@ def _guided(config: ConfigDict, teacher: runs.Run) -> Denoiser:
 
 
 def _regression(config: ConfigDict) -> tuple[emd.Regression | None, Params]:
-    """(term, parameters of its distance) of the section method.regression: {weight, and what a `sample` section has}."""
+    """(term, parameters of its distance) of the section method.regression: weight, and the keys of `sample`."""
     options = config.method.get("regression", ConfigDict()).to_dict()
     weight = options.pop("weight", 0.0)
     if not weight:
@@ -317,6 +321,18 @@ def _regression(config: ConfigDict) -> tuple[emd.Regression | None, Params]:
     distance, params = _perceptual(config)
     chosen = {} if distance is None else {"distance": distance}
     return emd.Regression(runs.plan(options), weight, **chosen), params
+
+
+def _ratio(config: ConfigDict, teacher: runs.Run) -> density_ratio.Ratio:
+    """The density ratio read off the teacher's bottleneck, trained as config.method.ratio_optim says."""
+    features, width = networks.features(teacher.config.model, teacher.data)
+    head, init = functional.functionalize(lambda rngs: ratio_head.RatioHead(width, rngs=rngs))
+    prepare = _prepare(config)
+
+    def logit(params: Params, teacher_params: Params, x: Array, sigma: Array, cond: Cond) -> Array:
+        return head(params, jax.lax.stop_gradient(features(teacher_params, x, sigma, cond)))
+
+    return density_ratio.Ratio(logit, init, Update(*_optimizer(config, config.method.ratio_optim)), prepare)
 
 
 def _student(config: ConfigDict, teacher: runs.Run) -> tuple[Denoiser, Callable[[], Params]]:

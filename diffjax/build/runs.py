@@ -137,7 +137,7 @@ def student_plan(
     num = trained[0] if num_steps is None else num_steps
     if method["name"] == "emd":
         if num != 2:
-            raise ValueError(f"found num_steps={num}, and this generator makes one step, between 2 noise levels: leave it out")
+            raise ValueError(f"found num_steps={num}, and this generator makes one step, of 2 levels: leave it out")
         return solvers.make_plan("euler", np.array([method.get("generator_sigma", 5.0), 0.0]))
     told = method.get("step_condition", "") or method["name"] == "amed"
     if told and num not in trained:

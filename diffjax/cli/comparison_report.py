@@ -14,6 +14,8 @@ _LABELS = {
     "unipc_logsnr": "UniPC-3, logSNR", "deis": "DEIS-tAB3", "ipndm_gits": "iPNDM-4 on GITS levels", "sfd": "SFD",
     "sfd_v": "SFD-v", "second_stage": "SFD second stage", "two_call_student_at_one": "SFD for 2 calls, used at 1",
     "pd": "progressive distillation", "amed_plugin": "AMED-Plugin (iPNDM-4)",
+    "teacher_heun18": "teacher, 18 Heun steps", "diff_instruct": "Diff-Instruct", "dmd": "DMD", "emd_1": "EMD-1",
+    "emd_4": "EMD-4", "emd_16": "EMD-16", "emd_16_raw": "EMD-16, noise not cancelled",
 }  # fmt: skip
 # curve and colour of each student
 _STUDENTS = {
@@ -27,16 +29,23 @@ def label(method: str) -> str:
     return _LABELS.get(solver, solver) + (" + AFS" if method.endswith("_afs") else "")
 
 
-def draw_plot(rows: list[dict], free: Iterable[str], path: Path) -> None:
-    """Frechet distance against calls, one line a method (mean over seeds), as a PNG. Of a solver with and without
-    AFS the better is drawn at each number of calls; the table has both."""
+def figure_class() -> type:
+    """matplotlib's Figure. Raises ImportError where it is not installed, with what to type."""
     try:
-        from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plot needs matplotlib; type: pip install 'diffjax[demo]'") from error
+    return Figure
+
+
+def draw_plot(rows: list[dict], free: Iterable[str], path: Path) -> None:
+    """Frechet distance against calls, one line a method (mean over seeds), as a PNG. Of a solver with and without
+    AFS the better is drawn at each number of calls; the table has both."""
+    new_figure = figure_class()
+    from matplotlib import colormaps
+
     free = [solver for solver in free if any(row["method"].removesuffix("_afs") == solver for row in rows)]
-    figure = Figure(figsize=(8.5, 4.8), dpi=130, layout="constrained")
+    figure = new_figure(figsize=(8.5, 4.8), dpi=130, layout="constrained")
     axes = figure.add_subplot()
     for index, solver in enumerate(free):
         points = _best_of_afs(rows, solver)

@@ -1,6 +1,8 @@
-"""Compare a teacher, training-free solvers and students: Frechet distance against network calls.
+"""Compare a teacher, training-free solvers and students: Frechet distance against network calls, or one-step
+generators beside each other, as config.report says ("calls" where it is absent, "one_call").
 
     python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir=runs/quickstart
+    python -m diffjax.cli.evaluate --config=configs/quick/compare_emd.py --workdir=runs/emd_digits
 
 Needs finished runs, named in the config. Writes report.md, report.json and pictures into the folder.
 """
@@ -23,16 +25,18 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
 
 def main(values: absl_flags.FlagValues) -> None:
     """Write the comparison, or list its rows with --dry_run."""
-    from diffjax.cli import comparison
+    from diffjax.cli import comparison, one_call
+    from diffjax.core import names
 
     config = flags.needed(values, "config", "configs/quick/compare_digits.py")
+    kind = names.lookup({"calls": comparison, "one_call": one_call}, config.get("report", "calls"), "report")
     workdir = flags.workdir(values)
     if values.dry_run:
-        for entry in comparison.entries(config):
+        for entry in kind.entries(config):
             print(f"{entry.method:24s} calls {', '.join(map(str, entry.plans))}")
         return
     command = shlex.join(["python", "-m", "diffjax.cli.evaluate", *sys.argv[1:]])
-    path = comparison.compare(config, workdir, command, progress=lambda text: print(text, file=sys.stderr, flush=True))
+    path = kind.compare(config, workdir, command, progress=lambda text: print(text, file=sys.stderr, flush=True))
     print(f"report: {path}")
 
 

@@ -6,6 +6,7 @@ compared with other code number by number; `draw` makes them from a key. All ret
     lognormal   log sigma ~ N(p_mean, p_std^2)                         Karras 2022, table 1
     vp          t of the VP process uniform in (epsilon_t, 1]              Karras 2022, table 1
     ve          log sigma uniform                                          Karras 2022, table 1
+    polynomial  sigma^(1/rho) uniform, as the sampling grid has it         Karras 2022, eq. 5; Yin 2024 (DMD)
     logit_normal, uniform_flow   t of the straight flow, sigma = t / (1 - t)    Esser 2024, section 3.1
 """
 
@@ -33,6 +34,15 @@ def ve(uniform: Array, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Arr
     return schedules.VE(sigma_min, sigma_max).level(uniform)
 
 
+def polynomial(
+    uniform: Array, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, low: float = 0.0,
+    high: float = 1.0,
+) -> Array:  # fmt: skip
+    """The grid of Karras 2022 from its fraction `low` to `high`, 0 being sigma_max; DMD takes 0.02 to 0.98."""
+    start, end = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
+    return (start + (low + uniform * (high - low)) * (end - start)) ** rho
+
+
 def logit_normal(normal: Array, mean: float = 0.0, std: float = 1.0) -> Array:
     """t = sigmoid(mean + std n), so sigma = t / (1 - t) = exp(mean + std n): the lognormal of the flow."""
     return jnp.exp(mean + std * normal)
@@ -48,6 +58,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
     "lognormal": (lognormal, jax.random.normal),
     "vp": (vp, jax.random.uniform),
     "ve": (ve, jax.random.uniform),
+    "polynomial": (polynomial, jax.random.uniform),
     "logit_normal": (logit_normal, jax.random.normal),
     "uniform_flow": (uniform_flow, jax.random.uniform),
 }

@@ -37,6 +37,7 @@ from diffjax.core import grids, solvers, trees
 from diffjax.core.names import lookup
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import from_noise
+from diffjax.methods.update import descend
 from diffjax.sampling import amed_sampler
 from diffjax.sampling.amed_sampler import AmedPlan, Features, Memory, Predict, Row, make_sampler
 from diffjax.sampling.few_step import student_grid
@@ -186,7 +187,7 @@ def make_update(
 
             (loss, (y, memory)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
             report = loss, optax.tree.norm(grads), trees.first_nonfinite(grads)
-            return (_apply(optimizer, state, grads, rate), target if local else y, memory), (y, *report)
+            return (AmedState(*descend(optimizer, rate, *state, grads)), target if local else y, memory), (y, *report)
 
         carry = state, x, amed_sampler.start_memory(plan, x)
         steps, reports = (amed_sampler.make_rows(plan, x.dtype), targets), []
@@ -198,13 +199,6 @@ def make_update(
         return carry[0], Trace(targets, *map(jnp.concatenate, zip(*reports, report, strict=True)))
 
     return update
-
-
-def _apply(optimizer: optax.GradientTransformation, state: AmedState, grads: Params, rate: Array) -> AmedState:
-    """Eq. 3."""
-    direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, direction)
-    return AmedState(params, opt_state)
 
 
 def _teacher_plan(settings: Settings, plan: AmedPlan, grid_options: dict[str, Any] | None) -> solvers.Plan:

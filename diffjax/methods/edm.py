@@ -23,6 +23,7 @@ import optax
 from diffjax.core import noise_levels, trees, weighting
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
+from diffjax.methods.update import descend
 
 _QUARTERS = 4  # parts of the noise levels whose losses are logged apart
 
@@ -87,9 +88,8 @@ def make(
             return jnp.mean(per_sample_loss), per_sample_loss
 
         (value, per_sample_loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(iteration)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, direction)
+        params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         values |= _loss_by_level(per_sample_loss, sigma)
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}

@@ -16,8 +16,9 @@ From the same code, with z at rest, K = 1:
 
     Diff-Instruct, VSD   Settings(scheme="eps", langevin_steps=1): (2) is 2 a times its gradient (D_q - D_p)' dg
     SDS                  ... and student_score="delta", whose D_q is g(z) itself
-    DMD                  ... and weighting="dmd": each sample's gradient is divided by the mean of |g - D_p| over pixels
-                         and their number (Yin 2024, eq. 8); v1 adds `Regression` towards the teacher's ODE
+    DMD                  ... and generator_weighting="dmd": each sample's gradient is divided by the mean over pixels
+                         of |g - D_p| and their number (Yin 2024, eq. 8); v1 adds `Regression` to the teacher's ODE
+    forward KL           ... and `ratio`: each sample's gradient times p/q (see `density_ratio`); needs images
 
     method = make(Settings(batch_size=128, image_shape=(8, 8, 1)), denoise, denoise, Update(adam, lr), Update(adam, lr))
     state = method.init(teacher_params)
@@ -37,8 +38,9 @@ import optax
 from diffjax.core import noise_levels, solvers, trees, weighting
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
-from diffjax.methods import edm, from_noise
+from diffjax.methods import density_ratio, edm, from_noise
 from diffjax.methods.emd_chain import Generate, Report, Sample, StepSizes, Weights, check_scheme, decay, make_chain
+from diffjax.methods.update import Update, descend
 from diffjax.sampling.sample import sample as follow_plan
 
 Distance = Callable[[Params, Array, Array], Array]  # (params, (B, ...), (B, ...)) -> (B,)
@@ -54,13 +56,14 @@ class Settings:
     batch_size, image_shape, num_classes: of the noise that is drawn; 0 classes = no labels.
     generator_sigma: sigma*, 5 = exp(-lambda*/2) at lambda* = -3.2189. latent: what the network is given there,
       "sigma" sigma* z, "unit" sqrt(1 + sigma*^2) z, which is z itself to a variance-preserving network.
-    langevin_steps: K. scheme, sequential, half_step: see `emd_chain.make_step`.
+    langevin_steps: K. scheme, sequential, half_step: see `emd_chain.make_step`. unroll: loops, as in `jax.lax.scan`.
     cancel: take the chain's noise out of the target. rescale: divide R by its total weight 1 - (1 - a)^K.
     student_score: "learned" (eq. 1) or "delta". score_updates: of eq. 1 for each one of eq. 2.
     distribution, weighting and their options: of eq. 1, as in `edm.Settings`.
     generator_distribution: of the E- and M-step; "" = as in eq. 1.
     generator_weighting: w~, a key of weighting.WEIGHTINGS or "dmd".
-    dropout: in both score networks. log_raw_gradient: also the norm of (2) without cancellation (one more backward pass).
+    dropout: in both score networks. log_raw_gradient: also the norm of (2) without cancellation, which costs one more
+      backward pass.
     """
 
     batch_size: int
@@ -69,6 +72,7 @@ class Settings:
     generator_sigma: float = 5.0
     latent: str = "sigma"
     langevin_steps: int = 16
+    unroll: int = 1
     scheme: str = "eps_z"
     sequential: bool = False
     half_step: bool = False
@@ -88,20 +92,15 @@ class Settings:
     log_raw_gradient: bool = False
 
 
-class Update(NamedTuple):
-    """optimizer: without a learning rate of its own; learning_rate: iteration -> rate."""
-
-    optimizer: optax.GradientTransformation
-    learning_rate: Callable[[Array], Array]
-
-
 class EMDState(NamedTuple):
-    """params, opt_state: the generator's. score, score_opt_state: of D_q; {} and () for a "delta" score."""
+    """params, opt_state: the generator's. score, score_opt_state: of D_q; {} and () for a "delta" score. ratio: of the
+    density ratio, () without."""
 
     params: Params
     opt_state: Any
     score: Params
     score_opt_state: Any
+    ratio: Any = ()
 
 
 class Frozen(NamedTuple):
@@ -128,51 +127,49 @@ def make(
     score_update: Update,
     *,
     regression: Regression | None = None,
+    ratio: density_ratio.Ratio | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Method:
-    """EMD as a Method: frozen is a Frozen, state an EMDState, batch is empty; init takes the teacher's parameters.
+    """EMD as a Method: frozen is a Frozen, state an EMDState; init takes the teacher's parameters. The batch is empty;
+    with `ratio` it is what `ratio.prepare` takes.
 
     `denoise` is the network of generator and student score; `teacher_denoise` may be guided. `batch_sharding` spreads
     what is drawn inside over devices. Metrics, float32: loss (2), score_loss (1), grad_norm, score_grad_norm,
     residual (|R|), latent_move (|z^K - z|), gap (mean of sigma |s_p - s_q| along the chain), all norms L2 of one
-    sample, mean over the batch; grad_norm_raw, regression where on; learning_rate. int32, -1 = none: nonfinite_leaf,
-    and nonfinite_sample, the first sample whose chain is not finite. Raises ValueError for settings that cannot work.
+    sample, mean over the batch; grad_norm_raw, regression, ratio_loss where on; learning_rate. int32, -1 = none:
+    nonfinite_leaf, and nonfinite_sample, the first sample whose chain is not finite. Raises ValueError for settings that cannot work.
     """
     _check(settings)
     learned = settings.student_score == "learned"
     generate = generator(denoise, settings.generator_sigma, settings.latent)
     gradient = make_gradient(settings, teacher_denoise, denoise)
-    score_step = _make_score_step(settings, denoise, generate, score_update)
+    score_step = _make_score_step(settings, denoise, generate, score_update, batch_sharding)
+    reweigh = _make_reweigh(generate, ratio)
+    regress = _make_regress(settings, teacher_denoise, generate, regression, batch_sharding)
     optimizer, learning_rate = generator_update
 
     def init(params: Params) -> EMDState:
-        if not learned:
-            return EMDState(params, optimizer.init(params), {}, ())
-        score = jax.tree.map(jnp.copy, params)
-        return EMDState(params, optimizer.init(params), score, score_update.optimizer.init(score))
+        ratio_state = () if ratio is None else density_ratio.start(ratio, jax.random.key(0))
+        score = jax.tree.map(jnp.copy, params) if learned else {}
+        score_opt_state = score_update.optimizer.init(score) if learned else ()
+        return EMDState(params, optimizer.init(params), score, score_opt_state, ratio_state)
 
     def step(state: EMDState, frozen: Frozen, batch: Batch, key: Key, iteration: Array) -> tuple[EMDState, Metrics]:
-        del batch
-        score_key, chain_key, regression_key = jax.random.split(key, 3)
-        metrics = {}
-        if learned:
-            state, metrics = score_step(state, score_key, iteration, batch_sharding)
-        z, eps, sigma, cond, keys = _spread(draw(settings, chain_key), batch_sharding)
+        score_key, chain_key, regression_key, ratio_key = jax.random.split(key, 4)
+        state, metrics = score_step(state, score_key, iteration) if learned else (state, {})
+        drawn = _spread(draw(settings, chain_key), batch_sharding)
+        state, factors, found = reweigh(state, frozen, batch, drawn, ratio_key, iteration)
+        metrics |= found
         weights = Weights(frozen.teacher, state.score, state.params)
         dropout_key = jax.random.fold_in(chain_key, 1) if settings.dropout else None
-        grads, report = gradient(weights, z, eps, sigma, cond, keys, frozen.step_sizes, dropout_key)
-        if regression is not None:
-            noise, cond = _spread(from_noise.draw(settings, regression_key), batch_sharding)
-            target = teacher_images(teacher_denoise, regression.plan, frozen.teacher, noise, cond)
-            value, more = jax.value_and_grad(
-                lambda params: jnp.mean(regression.distance(frozen.perceptual, generate(params, noise, cond), target))
-            )(state.params)
-            grads = jax.tree.map(lambda a, b: a + regression.weight * b, grads, more)
-            metrics["regression"] = value
+        grads, found = gradient(weights, *drawn, frozen.step_sizes, dropout_key, factors)
+        metrics |= found
+        grads, found = regress(state, frozen, grads, regression_key)
+        metrics |= found
         rate = learning_rate(iteration)
-        params, opt_state = _descend(optimizer, rate, state.params, state.opt_state, grads)
+        params, opt_state = descend(optimizer, rate, state.params, state.opt_state, grads)
         state = state._replace(params=params, opt_state=opt_state)
-        metrics |= {**report, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         sample = metrics.pop("nonfinite_sample")
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return state, {**metrics, "nonfinite_leaf": trees.first_nonfinite(grads), "nonfinite_sample": sample}
@@ -207,26 +204,31 @@ def draw(settings: Settings, key: Key) -> tuple[Array, Array, Array, dict[str, A
     return z, eps, sigma, cond, keys
 
 
-def make_gradient(settings: Settings, teacher_denoise: Denoiser, denoise: Denoiser) -> Callable[..., tuple[Params, Metrics]]:
-    """E-step and gradient (2): gradient(weights, z, eps, sigma, cond, keys, step_sizes, dropout_key) -> (grads, metrics).
+def make_gradient(
+    settings: Settings, teacher_denoise: Denoiser, denoise: Denoiser
+) -> Callable[..., tuple[Params, Metrics]]:
+    """E-step and gradient (2): gradient(weights, z, eps, sigma, cond, keys, step_sizes, dropout_key, factors=None) ->
+    (grads, metrics).
 
-    grads are with respect to weights.generator; the metrics those of `make` that belong to the chain.
+    `factors` (B,) multiply each sample's gradient. grads are with respect to weights.generator; the metrics those of
+    `make` that belong to the chain.
     """
     generate = generator(denoise, settings.generator_sigma, settings.latent)
     chain = make_chain(
         settings.langevin_steps, teacher_denoise, denoise if settings.student_score == "learned" else None, generate,
-        scheme=settings.scheme, sequential=settings.sequential, half_step=settings.half_step,
+        scheme=settings.scheme, sequential=settings.sequential, half_step=settings.half_step, unroll=settings.unroll,
     )  # fmt: skip
 
     def gradient(
         weights: Weights, z: Array, eps: Array, sigma: Array, cond: Cond, keys: Key, step_sizes: StepSizes,
-        dropout_key: Key | None,
+        dropout_key: Key | None, factors: Array | None = None,
     ) -> tuple[Params, Metrics]:  # fmt: skip
         end, report = chain(weights, z, eps, sigma, cond, keys, step_sizes, dropout_key)
         kept = end.residual if settings.cancel else end.eps
         if settings.rescale:
             kept = kept / decay(step_sizes, settings.langevin_steps, settings.half_step)
         weight = _generator_weight(settings, sigma, report)
+        weight = weight if factors is None else weight * factors
         y, pull = jax.vjp(lambda params: generate(params, end.z, cond), weights.generator)
 
         def towards(kept: Array) -> Params:
@@ -243,8 +245,7 @@ def make_gradient(settings: Settings, teacher_denoise: Denoiser, denoise: Denois
 
 def teacher_images(denoise: Denoiser, plan: solvers.Plan, params: Params, z: Array, cond: Cond) -> Array:
     """The end (B, ...) of the teacher's ODE from unit noise z."""
-    end, _ = follow_plan(denoise, params, z * float(plan.sigmas[0]), plan, cond)
-    return jax.lax.stop_gradient(end)
+    return jax.lax.stop_gradient(follow_plan(denoise, params, z * float(plan.sigmas[0]), plan, cond))
 
 
 def _generator_weight(settings: Settings, sigma: Array, report: Report) -> Array:
@@ -254,16 +255,16 @@ def _generator_weight(settings: Settings, sigma: Array, report: Report) -> Array
     return weighting.weigh(settings.generator_weighting, sigma, **settings.generator_weighting_options)
 
 
-def _make_score_step(settings: Settings, denoise: Denoiser, generate: Generate, update: Update) -> Callable:
+def _make_score_step(
+    settings: Settings, denoise: Denoiser, generate: Generate, update: Update, sharding: jax.sharding.Sharding | None
+) -> Callable[[EMDState, Key, Array], tuple[EMDState, Metrics]]:
     """`score_updates` steps of eq. 1, each on samples of its own."""
     dsm = edm.Settings(weighting=settings.weighting, weighting_options=settings.weighting_options)
 
     def objective(score: Params, image: Array, sigma: Array, noise: Array, cond: Cond, key: Key | None) -> Array:
         return jnp.sum(edm.loss(dsm, denoise, score, image, sigma, noise, cond, key)) / image.shape[0]
 
-    def score_step(
-        state: EMDState, key: Key, iteration: Array, sharding: jax.sharding.Sharding | None
-    ) -> tuple[EMDState, Metrics]:
+    def score_step(state: EMDState, key: Key, iteration: Array) -> tuple[EMDState, Metrics]:
         rate = update.learning_rate(iteration)
 
         def body(carry: tuple[Params, Any], key: Key) -> tuple[tuple[Params, Any], Metrics]:
@@ -277,20 +278,60 @@ def _make_score_step(settings: Settings, denoise: Denoiser, generate: Generate, 
             dropout_key = jax.random.fold_in(key, 3) if settings.dropout else None
             loss, grads = jax.value_and_grad(objective)(carry[0], image, sigma, noise, cond, dropout_key)
             metrics = {"score_loss": loss, "score_grad_norm": optax.tree.norm(grads)}
-            return _descend(update.optimizer, rate, *carry, grads), metrics
+            return descend(update.optimizer, rate, *carry, grads), metrics
 
         keys = jax.random.split(key, settings.score_updates)
-        (score, opt_state), metrics = jax.lax.scan(body, (state.score, state.score_opt_state), keys)
+        start = state.score, state.score_opt_state
+        (score, opt_state), metrics = jax.lax.scan(body, start, keys, unroll=settings.unroll)
         return state._replace(score=score, score_opt_state=opt_state), jax.tree.map(jnp.mean, metrics)
 
     return score_step
 
 
-def _descend(
-    optimizer: optax.GradientTransformation, rate: Array, params: Params, opt_state: Any, grads: Params
-) -> tuple[Params, Any]:
-    direction, opt_state = optimizer.update(grads, opt_state, params)
-    return jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params, direction), opt_state
+def _make_reweigh(
+    generate: Generate, ratio: density_ratio.Ratio | None
+) -> Callable[..., tuple[EMDState, Array | None, Metrics]]:
+    """The factors p/q of the samples that the chain starts from; None without `ratio`."""
+
+    def reweigh(
+        state: EMDState, frozen: Frozen, batch: Batch, drawn: tuple, key: Key, iteration: Array
+    ) -> tuple[EMDState, Array | None, Metrics]:
+        if ratio is None:
+            return state, None, {}
+        z, eps, sigma, cond, _ = drawn
+        noise_key, prepare_key = jax.random.split(key)
+        real_cond = dict(ratio.prepare(batch, prepare_key))
+        image = edm.take_image(real_cond)
+        real = image + per_sample(sigma, image) * jax.random.normal(noise_key, image.shape, image.dtype)
+        fake = generate(state.params, z, cond) + per_sample(sigma, eps) * eps
+        ratio_state, factors, metrics = density_ratio.step(
+            ratio, state.ratio, frozen.teacher, (real, real_cond), (fake, cond), sigma, iteration
+        )
+        return state._replace(ratio=ratio_state), factors, metrics
+
+    return reweigh
+
+
+def _make_regress(
+    settings: Settings, teacher_denoise: Denoiser, generate: Generate, regression: Regression | None,
+    sharding: jax.sharding.Sharding | None,
+) -> Callable[[EMDState, Frozen, Params, Key], tuple[Params, Metrics]]:  # fmt: skip
+    """Adds the gradient of `Regression`, on noise of its own."""
+
+    def regress(state: EMDState, frozen: Frozen, grads: Params, key: Key) -> tuple[Params, Metrics]:
+        if regression is None:
+            return grads, {}
+        z, cond = _spread(from_noise.draw(settings, key), sharding)
+        target = teacher_images(teacher_denoise, regression.plan, frozen.teacher, z, cond)
+
+        def objective(params: Params) -> Array:
+            return jnp.mean(regression.distance(frozen.perceptual, generate(params, z, cond), target))
+
+        value, more = jax.value_and_grad(objective)(state.params)
+        grads = jax.tree.map(lambda a, b: a + regression.weight * b, grads, more)
+        return grads, {"regression": value}
+
+    return regress
 
 
 def _chain_metrics(z: Array, end: Sample, report: Report) -> Metrics:
@@ -316,8 +357,8 @@ def _spread(drawn: Any, sharding: jax.sharding.Sharding | None) -> Any:
 def _check(settings: Settings) -> None:
     if settings.langevin_steps < 1:
         raise ValueError(
-            f"langevin_steps is K, the length of the chain, at least 1, found {settings.langevin_steps}: without a step the "
-            "residual and the gradient are zero. Diff-Instruct is langevin_steps=1 with scheme='eps'"
+            f"langevin_steps is K, the length of the chain, at least 1, found {settings.langevin_steps}: without a step "
+            "the residual and the gradient are zero. Diff-Instruct is langevin_steps=1 with scheme='eps'"
         )
     check_scheme(settings.scheme, settings.sequential)
     if settings.score_updates < 1:

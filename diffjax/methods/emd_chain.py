@@ -127,10 +127,10 @@ def make_step(
 
 def make_chain(
     num_steps: int, teacher_denoise: Denoiser, score_denoise: Denoiser | None, generate: Generate, *,
-    scheme: str = "eps_z", **options: bool,
+    scheme: str = "eps_z", unroll: int = 1, **options: bool,
 ) -> Callable[..., tuple[Sample, Report]]:  # fmt: skip
     """chain(weights, z, eps, sigma, cond, keys, step_sizes, dropout_key=None) -> (sample, report) after K = `num_steps`
-    steps; scheme and options as `make_step`. K = 0 gives R = 0.
+    steps; scheme and options as `make_step`, `unroll` as in `jax.lax.scan`. K = 0 gives R = 0.
 
     keys (B,) make the noise, so a sample's chain does not depend on the batch around it. The report has means over the
     chain (0 for K = 0). Nothing is stacked and no gradient passes, so memory does not depend on K.
@@ -160,7 +160,7 @@ def make_chain(
 
         start = Sample(eps, z, jnp.zeros_like(eps)), Report(*[jnp.zeros(z.shape[:1], z.dtype)] * 2)
         steps = jnp.arange(num_steps), jax.vmap(lambda key: jax.random.split(key, num_steps), out_axes=1)(keys)
-        (sample, report), _ = jax.lax.scan(body, start, steps)
+        (sample, report), _ = jax.lax.scan(body, start, steps, unroll=unroll)
         return jax.lax.stop_gradient((sample, report))
 
     return chain

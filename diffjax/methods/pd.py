@@ -52,6 +52,7 @@ from diffjax.core import grids, guidance, trees, weighting
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods.edm import take_image
+from diffjax.methods.update import descend
 from diffjax.sampling.few_step import check_num_steps, student_grid
 
 STAGES = ("halve", "match")
@@ -145,9 +146,8 @@ def make(
             return jnp.sum(pixels) / image.shape[0]
 
         value, grads = jax.value_and_grad(objective)(state.params)
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = learning_rate(iteration)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, direction)
+        params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
         return PDState(params, opt_state), {**metrics, "nonfinite_leaf": trees.first_nonfinite(grads)}

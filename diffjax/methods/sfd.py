@@ -38,6 +38,7 @@ import optax
 from diffjax.core import grids, solvers, trees
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import from_noise
+from diffjax.methods.update import descend
 from diffjax.sampling.few_step import STEP_CONDITIONS, check_num_steps, student_grid, with_step_condition
 from diffjax.sampling.sample import sample
 
@@ -290,10 +291,8 @@ def _make_student_step(
         (loss, y), grads = _accumulated(gradient, fixed, (x, target, cond), key, settings.accumulate)
         if settings.released_gradient_rule:
             grads = jax.tree.map(_released_rule, grads)
-        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.params, direction)
         report = loss, optax.tree.norm(grads), trees.first_nonfinite(grads)
-        return SFDState(params, opt_state), jax.lax.stop_gradient(y), report
+        return SFDState(*descend(optimizer, rate, *state, grads)), jax.lax.stop_gradient(y), report
 
     return student_step
 

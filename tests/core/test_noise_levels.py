@@ -22,6 +22,8 @@ def test_closed_forms(x64):
         (noise_levels.lognormal(normal, -0.4, 1.0), np.exp(-0.4 + NORMAL)),
         (noise_levels.vp(uniform), np.sqrt(np.exp(9.95 * time**2 + 0.1 * time) - 1)),
         (noise_levels.ve(uniform), np.exp(np.log(0.02) + UNIFORM * np.log(5000))),
+        (noise_levels.polynomial(uniform, 0.01, 50.0, 5.0), (50**0.2 + UNIFORM * (0.01**0.2 - 50**0.2)) ** 5),
+        (noise_levels.polynomial(uniform, low=0.5, high=0.5), np.full(4, ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7)),
         (noise_levels.logit_normal(normal, 0.3, 0.8), flow / (1 - flow)),
         (noise_levels.uniform_flow(uniform), straight / (1 - straight)),
     ]
@@ -35,7 +37,7 @@ def test_draws_are_float32_within_range_and_follow_the_key(name):
     sigma = draw(jax.random.key(0))
     assert sigma.shape == (4096,) and sigma.dtype == jnp.float32
     assert np.all(np.isfinite(sigma)) and np.all(sigma > 0)
-    low, high = {"vp": (9.9e-4, 152.2), "ve": (0.02, 100.0), "uniform_flow": (0.99e-4, 1.01e4)}.get(name, (0, np.inf))
+    low, high = {"vp": (9.9e-4, 152.2), "ve": (0.02, 100.0), "polynomial": (0.002, 80.0), "uniform_flow": (0.99e-4, 1.01e4)}.get(name, (0, np.inf))
     assert low <= sigma.min() and sigma.max() <= high * (1 + 1e-5)  # float32 powers
     assert not np.array_equal(sigma, draw(jax.random.key(1)))
     assert np.array_equal(sigma, draw(jax.random.key(0)))
