@@ -18,11 +18,11 @@ from diffjax.nn import functional
 
 def _residual_mlp(
     data: sources.DataShape, *, width: int = 256, depth: int = 4, dropout: float = 0.0, step_condition: bool = False,
-    zero_init_step: bool = False, guidance_condition: bool = False, embedding_width: int = 0,
+    zero_init_step: bool = False, guidance_condition: bool = False, embedding_width: int = 0, remat: str = "",
 ) -> Callable:  # fmt: skip
     return functools.partial(
         toy.ResidualMLP, data.shape, width, depth, data.num_classes, dropout, step_condition, zero_init_step,
-        guidance_condition, embedding_width,
+        guidance_condition, embedding_width, remat,
     )  # fmt: skip
 
 

@@ -11,6 +11,8 @@ Conditions: label (int, num_classes = null), augment (B, 9), with `step_conditio
 (Zhou 2024): a second embedding, and a second projection of it in every block; with `guidance_condition` the scale
 (B,) that a guidance-distilled student stands for (Meng 2023), added to the noise embedding from zero weights.
 
+`remat` names what a block keeps for a gradient, see `nn.stack`; "" = all.
+
 `bottleneck` gives what AMED's predictor sees: the channel mean of the encoder's last state.
 """
 
@@ -24,7 +26,7 @@ from flax import nnx
 
 from diffjax.core.types import Array, Cond, Key
 from diffjax.models.edm_blocks import BlockStyle, Keys, UNetBlock
-from diffjax.nn import embeddings
+from diffjax.nn import embeddings, stack
 from diffjax.nn.layers import Conv, GroupNorm, Init, Linear
 
 
@@ -54,6 +56,7 @@ class SongUNet(nnx.Module):
         zero_init_step: bool = False,
         guidance_condition: bool = False,
         dtype: Any = None,
+        remat: str = "",
         *,
         rngs: nnx.Rngs,
     ):
@@ -61,7 +64,8 @@ class SongUNet(nnx.Module):
             raise ValueError(
                 f"found embedding={embedding!r}, encoder={encoder!r}; expected positional or fourier, standard or residual"
             )
-        self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
+        stack.check(remat)
+        self.image_size, self.in_channels, self.num_classes, self.remat = image_size, in_channels, num_classes, remat
         self.noise_channels, self.channels, self.step_condition = channels * noise_channels_mult, channels, step_condition
         init, width = Init("xavier_uniform"), 4 * channels
         style = BlockStyle(
@@ -109,7 +113,7 @@ class SongUNet(nnx.Module):
             if name.endswith("aux_residual"):
                 x = aux = skips[-1] = (x + block(aux)) * math.sqrt(0.5)
                 continue
-            x = block(x, embedding, step_embedding, keys.next()) if isinstance(block, UNetBlock) else block(x)
+            x = _apply(self, block, (x,), embedding, step_embedding, keys)
             skips.append(x)
         return x, skips, embedding, step_embedding, keys
 
@@ -146,10 +150,12 @@ class DhariwalUNet(nnx.Module):
         zero_init_step: bool = False,
         guidance_condition: bool = False,
         dtype: Any = None,
+        remat: str = "",
         *,
         rngs: nnx.Rngs,
     ):
-        self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
+        stack.check(remat)
+        self.image_size, self.in_channels, self.num_classes, self.remat = image_size, in_channels, num_classes, remat
         self.channels, self.step_condition = channels, step_condition
         width = 4 * channels
         init, zero = Init("kaiming_uniform", math.sqrt(1 / 3), math.sqrt(1 / 3)), Init(weight=0.0)
@@ -200,7 +206,7 @@ class DhariwalUNet(nnx.Module):
         skips = []
         for name in self.enc_names:
             block = self.enc[name]
-            x = block(x, embedding, step_embedding, keys.next()) if isinstance(block, UNetBlock) else block(x)
+            x = _apply(self, block, (x,), embedding, step_embedding, keys)
             skips.append(x)
         return x, skips, embedding, step_embedding, keys
 
@@ -262,10 +268,23 @@ def _decode(net, x: Array, skips: list[Array], embedding: Array, step_embedding:
     for name in net.dec_names:
         block = net.dec[name]
         if isinstance(block, UNetBlock):
-            if x.shape[-1] != block.inputs:
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-            x = block(x, embedding, step_embedding, keys.next())
+            inputs = (x, skips.pop()) if x.shape[-1] != block.inputs else (x,)
+            x = _apply(net, block, inputs, embedding, step_embedding, keys)
     return x
+
+
+def _apply(
+    net, block: nnx.Module, inputs: tuple[Array, ...], embedding: Array, step_embedding: Array | None, keys: Keys
+) -> Array:
+    """A block of the encoder or decoder on the channels of all `inputs`."""
+    if not isinstance(block, UNetBlock):
+        return block(*inputs)
+
+    def joined(inputs: tuple[Array, ...], *rest: Any) -> Array:
+        # inside, so that what is kept is the skip, which the encoder keeps anyway
+        return block(inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs, axis=-1), *rest)
+
+    return stack.remat(joined, net.remat)(inputs, embedding, step_embedding, keys.next())
 
 
 def _embed_step(net, cond: Cond, embedding: Array, swap: bool, channels: int) -> Array | None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from diffjax.core.types import Array, Cond, Key
+from diffjax.nn import stack
 
 _FREQUENCIES = 32  # pairs of sine and cosine; noise labels (a quarter of log sigma) span about [-2, 2]
 
@@ -55,7 +56,7 @@ class ResidualMLP(nnx.Module):
     the null class. `embedding_width` is that of the embedding of noise level and class, 0 = `width`; images of D numbers
     need a width of D or more, or they do not pass. With `step_condition` cond["step"] (a scalar) is added to the embedding, from zero weights with
     `zero_init_step`; with `guidance_condition` cond["guidance_scale"] (B,), from zero weights. `key` switches dropout
-    (probability `dropout`) on.
+    (probability `dropout`) on. remat: what blocks keep for a gradient, see `nn.stack`; "" = all.
     """
 
     def __init__(
@@ -69,12 +70,14 @@ class ResidualMLP(nnx.Module):
         zero_init_step: bool = False,
         guidance_condition: bool = False,
         embedding_width: int = 0,
+        remat: str = "",
         *,
         rngs: nnx.Rngs,
     ):
+        stack.check(remat)
         embedding = embedding_width or width
         pixels = image_shape[0] * image_shape[1] * image_shape[2]
-        self.image_shape, self.num_classes, self.dropout = image_shape, num_classes, dropout
+        self.image_shape, self.num_classes, self.dropout, self.remat = image_shape, num_classes, dropout, remat
         self.noise_in = nnx.Linear(2 * _FREQUENCIES, embedding, rngs=rngs)
         self.noise_out = nnx.Linear(embedding, embedding, rngs=rngs)
         if num_classes:
@@ -108,7 +111,9 @@ class ResidualMLP(nnx.Module):
         embedding = self._embed(noise_label, cond)
         h = self.image_in(x.reshape(x.shape[0], -1))
         for i, block in enumerate(self.blocks[:depth]):
-            h = block(h, embedding, self._keep_mask(key, i, x.shape[0], 2 * h.shape[-1]))
+            # the mask is drawn inside, so that it is drawn again and not kept
+            masked = lambda h, embedding, key, i=i, block=block: block(h, embedding, self._keep_mask(key, i, h))  # noqa: E731
+            h = stack.remat(masked, self.remat)(h, embedding, key)
         return h
 
     def _embed(self, noise_label: Array, cond: Cond) -> Array:
@@ -126,8 +131,8 @@ class ResidualMLP(nnx.Module):
             embedding = embedding + getattr(self, f"{prefix}_out")(jax.nn.silu(hidden))
         return jax.nn.silu(embedding)
 
-    def _keep_mask(self, key: Key | None, block: int, batch: int, width: int) -> Array | None:
+    def _keep_mask(self, key: Key | None, block: int, h_BD: Array) -> Array | None:
         if key is None or self.dropout == 0.0:
             return None
-        keep = jax.random.bernoulli(jax.random.fold_in(key, block), 1 - self.dropout, (batch, width))
+        keep = jax.random.bernoulli(jax.random.fold_in(key, block), 1 - self.dropout, (h_BD.shape[0], 2 * h_BD.shape[1]))
         return keep / (1 - self.dropout)
