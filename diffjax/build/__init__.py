@@ -63,6 +63,7 @@ def experiment(config: ConfigDict) -> loop.Experiment:
         batches=parts.batches,
         batch_size=config.train.batch_size,
         sample=None if parts.plan is None else _sampler(config, parts),
+        warning=parts.warning,
     )
 
 

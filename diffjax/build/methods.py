@@ -10,6 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax.build import networks, runs
+from diffjax.build import step_sizes as step_size_check
 from diffjax.core import guidance, names, rng, trees
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Params
 from diffjax.data import loader, sources, trajectories, transforms
@@ -25,7 +26,7 @@ from diffjax.weights import torch_file
 
 
 class Parts(NamedTuple):
-    """What a method contributes to an experiment; `plan` None: it draws no sample grids."""
+    """What a method contributes to an experiment; `plan` None: it draws no sample grids. warning: see `loop.Experiment`."""
 
     method: Method
     init_params: Callable[[], Params]
@@ -36,6 +37,7 @@ class Parts(NamedTuple):
     plan: Any
     sampler: Callable = follow_plan
     with_frozen: Callable[[Params], Params] = lambda params: params  # the trained parameters -> those of the sampler
+    warning: Callable[[], str] = lambda: ""
 
 
 # From data -----------------------------------------------------------------------------------------------------
@@ -277,16 +279,18 @@ def _emd(config: ConfigDict) -> Parts:
             f"EMD needs a teacher that denoises at every noise level, and {config.method.teacher} is a student of method "
             f"{teacher.config.method.get('name')!r}: give the run that it was distilled from"
         )
-    apart = ("noise_step", "latent_step", "guidance_scale", "score_optim", "regression", "perceptual", "ratio_optim")
+    apart = ("noise_step", "latent_step", "guidance_scale", "score_optim", "regression", "perceptual", "ratio_optim",
+             "check_step_sizes")  # fmt: skip
     settings = emd.Settings(
         **_settings_options(config, emd.Settings, *apart), batch_size=config.train.batch_size,
         image_shape=teacher.data.shape, num_classes=teacher.data.num_classes,
     )  # fmt: skip
     denoise, init_params = _student(config, teacher)
+    guided = guided_teacher(config, teacher)
     regression, distance_params = _regression(config)
     ratio = _ratio(config, teacher) if "ratio_optim" in config.method else None
     method = emd.make(
-        settings, _guided(config, teacher), denoise, Update(*_optimizer(config)),
+        settings, guided, denoise, Update(*_optimizer(config)),
         Update(*_optimizer(config, config.method.get("score_optim"))), regression=regression, ratio=ratio,
         batch_sharding=_batch_sharding(config),
     )  # fmt: skip
@@ -300,10 +304,14 @@ def _emd(config: ConfigDict) -> Parts:
         denoise=runs.sampling_denoiser(runs.Run(config, denoise, {}, 0, teacher.data), plan),
         data=teacher.data,
         plan=plan,
-    )
+        warning=lambda: (
+            step_size_check.warning(settings, guided, denoise, teacher.params, init_params(), step_sizes)
+            if config.method.get("check_step_sizes", True) else ""
+        ),
+    )  # fmt: skip
 
 
-def _guided(config: ConfigDict, teacher: runs.Run) -> Denoiser:
+def guided_teacher(config: ConfigDict, teacher: runs.Run) -> Denoiser:
     """The teacher's network, guided at config.method.guidance_scale where that is set."""
     scale = config.method.get("guidance_scale", 1.0)
     if scale == 1.0:

@@ -54,12 +54,14 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, c
     training diverges; SystemExit with code 75 after SIGTERM (saved).
     """
     from diffjax import build
-    from diffjax.runtime import images
+    from diffjax.runtime import checkpoint, images
     from diffjax.train import loop
     from diffjax.train.state import sampling_params
 
     workdir, config = Path(workdir), build.resolve(config)
     experiment = build.experiment(config)
+    if not checkpoint.steps(workdir) and (warning := experiment.warning()):
+        print(warning, file=sys.stderr, flush=True)
     state = loop.run(experiment, config, workdir)
     pictures = None if experiment.sample is None else experiment.sample(sampling_params(state))
     if pictures is not None:

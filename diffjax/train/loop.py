@@ -39,6 +39,7 @@ class Experiment(NamedTuple):
     batches() -> data iterator with a position; arrays are (batch_size, ...), global.
     sample(params) -> uint8 (n, H, W, C), for the grids under samples/; None for none.
     hooks: further periodic work.
+    warning() -> what a new run should be told before it starts, "" for nothing; it may compute for a while.
     """
 
     init: Callable[[], TrainState]
@@ -48,6 +49,7 @@ class Experiment(NamedTuple):
     batch_size: int
     sample: Callable[[Params], Any | None] | None = None
     hooks: Sequence[Hook] = ()
+    warning: Callable[[], str] = lambda: ""
 
 
 @dataclasses.dataclass(frozen=True)
