@@ -203,9 +203,9 @@ def test_two_steps_by_hand(x64, monkeypatch):
 @pytest.mark.parametrize(
     ("rates", "num_steps", "figure", "cancelled", "raw"),  # mean gradient of A; variance of one sample's
     [
-        (PUBLISHED, 1, [[-0.029235, -0.014266], [0.000439, -0.001642]], 0.051, 7.26),
-        (PUBLISHED, 4, [[-0.089458, -0.043665], [0.001331, -0.005153]], 0.488, 7.79),
-        (PUBLISHED, 16, [[-0.158183, -0.077273], [0.002272, -0.009600]], 1.62, 8.97),
+        (PUBLISHED, 1, [[-0.029235, -0.014266], [0.000439, -0.001642]], 0.0506, 7.24),
+        (PUBLISHED, 4, [[-0.089458, -0.043665], [0.001331, -0.005153]], 0.486, 7.79),
+        (PUBLISHED, 16, [[-0.158183, -0.077273], [0.002272, -0.009600]], 1.61, 8.97),
         (LARGER, 16, [[-0.08201, -0.10415], [-0.08041, 0.05332]], None, None),
     ],
 )
@@ -221,7 +221,7 @@ def test_mean_and_variance_of_the_gradient(rates, num_steps, figure, cancelled, 
         # a variance from n samples of kurtosis 9 is off by sqrt(8 / n) = 0.6 %; five of those
         np.testing.assert_allclose(np.sum(np.var(samples, axis=0)), variance(*known, of), rtol=0.03)
         if spread:
-            np.testing.assert_allclose(variance(*known, of), spread, rtol=0.01)  # three digits
+            np.testing.assert_allclose(variance(*known, of), spread, rtol=5e-3)  # three digits
     if rates is LARGER:
         np.testing.assert_allclose(ascent(*known, EPS)[0], [[-0.09579, -0.11087], [-0.08020, 0.05250]], atol=DIGITS)
 
@@ -387,7 +387,7 @@ def test_training_by_expected_gradients(num_steps, rates, x64):
 
 
 def test_training_by_particles(x64):
-    """C12, by `emd.make_gradient`."""
+    """C12, by `emd.make_gradient`: to rounding, for the noise of 300 samples goes with the gap."""
     chosen = emd.Settings(300, (2,), generator_sigma=1.0, langevin_steps=16, rescale=True)
     estimate = emd.make_gradient(chosen, affine, affine)
 
@@ -396,4 +396,4 @@ def test_training_by_particles(x64):
         grads, _ = estimate(networks(**params), z, eps, jnp.full(300, LEVEL), cond, keys, PUBLISHED, None)
         return jax.tree.map(lambda g: -g / (2 * LEVEL**2), grads)
 
-    assert max(end_of_training(gradient, 0)) < 1e-2
+    assert max(end_of_training(gradient, 0)) < 1e-12
