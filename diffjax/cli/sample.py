@@ -3,10 +3,15 @@
     python -m diffjax.cli.sample --workdir=runs/digits_teacher --seeds=0-63 --out=runs/digits_samples
     python -m diffjax.cli.sample --workdir=runs/digits_teacher --seeds=0,5,7 --labels=3 --solver=dpmpp --num_steps=8 \
         --out=runs/digits_threes
+    python -m diffjax.cli.sample --mode=correct --workdir=runs/emd_digits/seed_0/emd_16 --seeds=0-15 --out=runs/corrected
 
 Image i depends on its seed alone, not on the others. Without --solver and the flags behind it, a run samples with the
 section `sample` of its config, an SFD student as it was trained. OUT gets samples.png, samples.npz (images, uint8
 (n, H, W, C); seeds; labels where given) and sample.json, and must not hold them already.
+
+--mode=correct shows what the Langevin chain of a run of EMD does to its generator's samples: its arrays are before and
+after, float32 in about [-1, 1], its picture the first 16 of both. Generator and student score are as they were trained,
+not averaged. --sigma is the noise level of the chain: lower and images hardly move, higher and they may become others.
 """
 
 import json
@@ -14,13 +19,19 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from diffjax.cli import flags
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _FILES = ("samples.png", "samples.npz", "sample.json")
 _PLAN = ("solver", "num_steps", "order", "grid", "sigma_min", "sigma_max", "rho", "afs")
+_CHAIN = ("langevin_steps", "sigma", "noise_step", "latent_step")
+_COLUMNS = 16  # of the picture of --mode=correct
 _MOST = 2**32  # seeds and sample ids
 
 
@@ -42,6 +53,11 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_bool("afs", None, "analytical first step, which needs no network call", **common)
     absl_flags.DEFINE_float("guidance_scale", None, "classifier-free guidance, 1 = none; twice the calls", **common)
     absl_flags.DEFINE_integer("batch_size", 64, "images at once", **common)
+    absl_flags.DEFINE_enum("mode", "draw", ["draw", "correct"], "draw images, or run EMD's chain from them", **common)
+    absl_flags.DEFINE_integer("langevin_steps", None, "correct: steps of the chain, 300 where not given", **common)
+    absl_flags.DEFINE_float("sigma", None, "correct: noise level of the chain, 1 where not given", **common)
+    absl_flags.DEFINE_float("noise_step", None, "correct: step size of the noise, the run's where not given", **common)
+    absl_flags.DEFINE_float("latent_step", None, "correct: step size of the latent, the run's where not given", **common)
     absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", **common)
 
 
@@ -54,7 +70,11 @@ def main(values: absl_flags.FlagValues) -> None:
         raise FileExistsError(f"{', '.join(taken)} exist and are not overwritten: choose another --out")
     seeds = numbers("seeds", values.seeds)
     labels = None if values.labels is None else spread(numbers("labels", values.labels), len(seeds))
-    _sample(values, workdir, out, seeds, labels)
+    correct = values.mode == "correct"
+    other = [f"--{name}" for name in ((*_PLAN, "guidance_scale") if correct else _CHAIN) if values[name].value is not None]
+    if other:
+        raise ValueError(f"--mode={values.mode} takes no {', '.join(other)}: leave it out, or give the other --mode")
+    (_correct if correct else _sample)(values, workdir, out, seeds, labels)
 
 
 def numbers(flag: str, text: str) -> list[int]:
@@ -103,12 +123,57 @@ def _sample(
         guidance_scale=values.guidance_scale,
     )
     pictures = np.asarray(generate.to_uint8(drawn))
+    facts = {"workdir": str(workdir), "step": run.step, "seed": values.seed, "calls": calls}
+    _write(out, images.grid(pictures), {"images": pictures}, seeds, labels, facts)
+
+
+def _correct(
+    values: absl_flags.FlagValues, workdir: Path, out: Path, seeds: list[int], labels: list[int] | None
+) -> None:
+    import numpy as np
+
+    from diffjax.build import correction
+    from diffjax.runtime import images
+    from diffjax.sampling import generate
+
+    run = correction.load(workdir)
+    _check_labels(labels, run.data.num_classes)
+    steps = 300 if values.langevin_steps is None else values.langevin_steps
+    sigma = 1.0 if values.sigma is None else values.sigma
+    rates = correction.step_sizes(run, values.noise_step, values.latent_step)
+    facts = {"workdir": str(workdir), "step": run.step, "seed": values.seed, "scheme": correction.scheme(run)}
+    facts |= {"langevin_steps": steps, "sigma": sigma, "noise_step": rates.noise, "latent_step": rates.latent}
+    print(f"{workdir}, step {run.step:,}: {len(seeds)} images of {run.data.shape}, {steps} steps of {facts['scheme']} each")
+    if values.dry_run:
+        print("nothing was written: leave --dry_run out to run the chains")
+        return
+    pair = correction.correct(
+        run,
+        values.seed,
+        seeds,
+        batch_size=min(values.batch_size, len(seeds)),
+        langevin_steps=steps,
+        sigma=sigma,
+        rates=rates,
+        labels=None if labels is None else np.asarray(labels, np.int32),
+    )
+    rows = {name: np.asarray(generate.to_uint8(part[:_COLUMNS])) for name, part in pair._asdict().items()}
+    _write(out, images.labelled_rows(rows), pair._asdict(), seeds, labels, facts)
+
+
+def _write(
+    out: Path, picture: "np.ndarray", arrays: dict[str, "np.ndarray"], seeds: list[int], labels: list[int] | None,
+    facts: dict[str, Any],
+) -> None:  # fmt: skip
+    import numpy as np
+
+    from diffjax.runtime import images
+
     out.mkdir(parents=True, exist_ok=True)
-    images.save_png(out / "samples.png", images.grid(pictures))
-    arrays = {"images": pictures, "seeds": np.asarray(seeds, np.uint32)}
-    np.savez(out / "samples.npz", **arrays, **({} if labels is None else {"labels": np.asarray(labels, np.int32)}))
-    facts = {"workdir": str(workdir), "step": run.step, "seed": values.seed, "calls": calls, "argv": sys.argv[1:]}
-    (out / "sample.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    images.save_png(out / "samples.png", picture)
+    told = {} if labels is None else {"labels": np.asarray(labels, np.int32)}
+    np.savez(out / "samples.npz", **arrays, seeds=np.asarray(seeds, np.uint32), **told)
+    (out / "sample.json").write_text(json.dumps({**facts, "argv": sys.argv[1:]}, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {', '.join(str(out / name) for name in _FILES)}")
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -223,13 +223,32 @@ def load_params(workdir: str | os.PathLike[str], ema: bool | None = True) -> tup
                 f"{folder} holds no moving average (config.ema.halflife_images is 0): ask for the raw "
                 "parameters with ema=False"
             )
-        prefix = "ema_params/" if averaged and ema is not False else "method/params/"
-        wanted = {path: leaf for path, leaf in saved.items() if path.startswith(prefix)}
-        if not wanted:
-            raise CheckpointError(f"{folder} holds no arrays under {prefix}, found {sorted(saved)[:5]}")
-        arrays = _read_arrays(folder, wanted)
-        return _nest({path.removeprefix(prefix): array for path, array in arrays.items()})
+        return _read_part(folder, saved, "ema_params" if averaged and ema is not False else "method/params")
 
+    return _read_for_use(workdir, use)
+
+
+def load_parts(workdir: str | os.PathLike[str], parts: Sequence[str]) -> tuple[tuple[Params, ...], dict[str, Any], int]:
+    """(trees, config, step): these parts of the newest checkpoint's state, "method/params" and "method/score" say, one
+    nested dict each on the default device; all from the same checkpoint. Raises CheckpointError as `load_params`, and for
+    a part that the state does not have."""
+
+    def use(folder: Path, run: dict[str, Any]) -> tuple[Params, ...]:
+        saved = _metadata(folder)
+        return tuple(_read_part(folder, saved, part) for part in parts)
+
+    return _read_for_use(workdir, use)
+
+
+def _read_part(folder: Path, saved: Mapping[str, jax.ShapeDtypeStruct], part: str) -> Params:
+    wanted = {path: leaf for path, leaf in saved.items() if path.startswith(part + "/")}
+    if not wanted:
+        raise CheckpointError(f"{folder} holds no arrays under {part}/, found {sorted(saved)[:5]}")
+    arrays = _read_arrays(folder, wanted)
+    return _nest({path.removeprefix(part + "/"): array for path, array in arrays.items()})
+
+
+def _read_for_use(workdir: str | os.PathLike[str], use: Callable[[Path, dict[str, Any]], Any]) -> tuple[Any, dict[str, Any], int]:
     found, _ = _newest(Path(workdir), use, lambda line: print(line, file=sys.stderr, flush=True))
     if found is None:
         raise CheckpointError(
