@@ -200,7 +200,7 @@ MISTAKES = [
     ("train", [CONFIG, "runs/a"], "found 'runs/a', which is no flag"),
     ("train", [CONFIG, "--workdir={tmp}", "--config.train.foo=3"], "foo"),
     ("train", [CONFIG, "--workdir={tmp}", "--config.model.name=adn"], "did you mean 'adm'"),
-    ("train", [CONFIG, "--workdir={tmp}", "--config.method.name=edn"], "did you mean 'edm'"),
+    ("train", [CONFIG, "--workdir={tmp}", "--config.method.name=edmm"], "did you mean 'edm'"),
     ("train", [CONFIG, "--workdir={tmp}", "--config.data.name=digit"], "did you mean 'digits'"),
     ("train", [CONFIG, "--workdir={tmp}", "--config.sample.solver=eulr"], "did you mean 'euler'"),
     ("train", ["--config=configs/quick/sfd_digits.py", "--workdir={tmp}", "--config.method.teacher={tmp}/none"], "none"),
