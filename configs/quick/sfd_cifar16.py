@@ -4,8 +4,8 @@
         --config.method.teacher=runs/sfd_cifar10/teacher
 
 The argument: 1 to 5, the network calls of the student (2 where absent); v, one student for 2 to 5 calls that is told
-which (SFD-v), with four times the trajectories; second, the second stage for one call, whose teacher is the student v.
-Hardware: 2 CPU cores; two to five minutes, v a quarter of an hour.
+which (SFD-v), with five times the trajectories; second, the second stage for one call, whose teacher is the student v.
+Hardware: 2 CPU cores; two to ten minutes, v half an hour.
 Expect: see the table of `bash launch/sfd_cifar10.sh --quick` in README.md.
 """
 
@@ -39,8 +39,9 @@ def get_config(arg: str = "") -> ConfigDict:
     rate, images = 4e-4, 32_000
     if arg == "v":
         config.model.step_condition = True
+        config.model.zero_init_step = True  # published: random; from zero the student starts as the teacher
         method |= {"num_steps": (4, 5, 6, 7), "step_condition": "num_steps"}
-        images = 4 * images
+        images = 5 * images
     if arg == "second":
         method |= {"teacher": "runs/sfd_cifar10/seed_0/student_v", "num_steps": 3, "teacher_factor": 3}
         # 0: the order of Euler's method is its own

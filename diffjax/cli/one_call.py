@@ -197,7 +197,9 @@ def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
         ),
         (
             "Cost of an iteration",
-            "flops_ratio: in forward passes on the same batch; EMD with K steps makes 7 + 4 K, Diff-Instruct 9.\n\n"
+            "flops_ratio: in forward passes on the same batch. With K steps EMD makes 4 for each update of the student "
+            "score and 3 + 4 K, Diff-Instruct 3 + 2; less where what a network makes of level and class, the same along a "
+            "chain, is much of its work, since that is computed once.\n\n"
             "<!-- table: cost -->",
         ),
         ("Training", "<!-- table: training -->"),
