@@ -33,7 +33,7 @@ def get_config(arg: str = "") -> ConfigDict:
         "noise_step": 0.4**2,
         "latent_step": 0.004**2,
         "rescale": True,
-        "score_updates": 1,
+        "score_updates": 4,  # with one the score lags behind: distance 0.20 in the place of 0.13 for diff_instruct
     }
     if arg in ("emd_16", "emd_16_raw"):
         method |= {"cancel": arg == "emd_16", "log_raw_gradient": arg == "emd_16"}
@@ -46,7 +46,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.data = ConfigDict({"name": "teacher"})
         method["ratio_optim"] = {"name": "adam", "learning_rate": 1e-3}
     config.method = ConfigDict(method)
-    config.optim = ConfigDict({"name": "adam", "b1": 0.0, "b2": 0.99, "learning_rate": 2e-4, "schedule": "cosine"})
+    config.optim = ConfigDict({"name": "adam", "b1": 0.0, "b2": 0.99, "learning_rate": 1e-3, "schedule": "cosine"})
     config.ema = ConfigDict({"halflife_images": 10_000, "rampup_ratio": 0.05})
     config.train = ConfigDict(
         {

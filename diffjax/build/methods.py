@@ -119,8 +119,11 @@ def _prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
 
 
 def _teacher(config: ConfigDict) -> runs.Run:
-    """The run config.method.teacher. Raises ValueError for one whose network is another run's."""
+    """The run config.method.teacher. Raises ValueError for one whose network is another run's, or of other images."""
     teacher = runs.load_run(config.method.teacher)
+    shape = networks.data_shape(config.data)
+    if shape != teacher.data:
+        raise ValueError(f"config.data is {shape}, the teacher in {config.method.teacher} has {teacher.data}: make them equal")
     if teacher.config.method.get("name") == "amed":
         raise ValueError(
             f"config.method.teacher = {config.method.teacher!r} is a sampler of {teacher.config.method.teacher!r} with "

@@ -112,6 +112,7 @@ def test_a_network_that_is_not_the_teachers_is_refused(teacher):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"data__image_size": 16}, "the teacher in .* has .*: make them equal"),
         ({"method__scheme": "z"}, r"the scheme must be one of .*, found 'z'"),
         ({"method__langevin_steps": 0}, "without a step the residual and the gradient are zero"),
         ({"method__latent": "vp"}, "latent must be one of .*, found 'vp'"),
