@@ -9,7 +9,8 @@ from flax import nnx
 
 from diffjax.core.types import Array, Key
 from diffjax.nn import attention
-from diffjax.nn.layers import Conv, GroupNorm, Init, Linear
+from diffjax.nn.layers import Conv, Init, Linear
+from diffjax.nn.norms import GroupNorm
 
 
 @dataclasses.dataclass(frozen=True)

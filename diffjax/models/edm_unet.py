@@ -27,7 +27,8 @@ from flax import nnx
 from diffjax.core.types import Array, Cond, Key
 from diffjax.models.edm_blocks import BlockStyle, Keys, UNetBlock
 from diffjax.nn import embeddings, stack
-from diffjax.nn.layers import Conv, GroupNorm, Init, Linear
+from diffjax.nn.layers import Conv, Init, Linear
+from diffjax.nn.norms import GroupNorm
 
 
 class SongUNet(nnx.Module):

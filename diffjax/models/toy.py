@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Cond, Key
 from diffjax.nn import stack
 
@@ -56,7 +57,9 @@ class ResidualMLP(nnx.Module):
     the null class. `embedding_width` is that of the embedding of noise level and class, 0 = `width`; images of D numbers
     need a width of D or more, or they do not pass. With `step_condition` cond["step"] (a scalar) is added to the embedding, from zero weights with
     `zero_init_step`; with `guidance_condition` cond["guidance_scale"] (B,), from zero weights. `key` switches dropout
-    (probability `dropout`) on. remat: what blocks keep for a gradient, see `nn.stack`; "" = all.
+    (probability `dropout`) on. remat: what blocks keep for a gradient, see `nn.stack`; "" = all. skip: a multiple of x,
+    which noise level and class choose, is added to the output: the blocks are normalised and lose the length of x, which
+    networks that predict noise or velocity must give back.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class ResidualMLP(nnx.Module):
         guidance_condition: bool = False,
         embedding_width: int = 0,
         remat: str = "",
+        skip: bool = False,
         *,
         rngs: nnx.Rngs,
     ):
@@ -92,23 +96,25 @@ class ResidualMLP(nnx.Module):
             self.guidance_out = nnx.Linear(embedding, embedding, kernel_init=zero, rngs=rngs)
         self.image_in = nnx.Linear(pixels, width, rngs=rngs)
         self.blocks = nnx.List([_Block(width, embedding, rngs=rngs) for _ in range(depth)])
-        self.image_out = nnx.Linear(width, pixels, kernel_init=nnx.initializers.zeros_init(), rngs=rngs)
+        self.image_out = nnx.Linear(width, pixels, kernel_init=zero, rngs=rngs)
+        self.skip = nnx.Linear(embedding, 1, kernel_init=zero, rngs=rngs) if skip else None
 
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
-        h = self._hidden(x, noise_label, cond or {}, key, len(self.blocks))
+        embedding = self._embed(noise_label, cond or {})
+        h = self._hidden(x, embedding, key, len(self.blocks))
         zero = jnp.zeros((1, 1), h.dtype)
-        return self.image_out(_modulate(h, zero, zero)).reshape(x.shape)
+        out = self.image_out(_modulate(h, zero, zero)).reshape(x.shape)
+        return out if self.skip is None else out + per_sample(self.skip(embedding)[:, 0], x) * x
 
     def bottleneck(self, x: Array, noise_label: Array, cond: Cond | None = None) -> Array:
         """The state half way through, normalised: (B, width)."""
-        h = self._hidden(x, noise_label, cond or {}, None, len(self.blocks) // 2)
+        h = self._hidden(x, self._embed(noise_label, cond or {}), None, len(self.blocks) // 2)
         zero = jnp.zeros((1, 1), h.dtype)
         return _modulate(h, zero, zero)
 
-    def _hidden(self, x: Array, noise_label: Array, cond: Cond, key: Key | None, depth: int) -> Array:
+    def _hidden(self, x: Array, embedding: Array, key: Key | None, depth: int) -> Array:
         if x.shape[1:] != self.image_shape:
             raise ValueError(f"found images of shape {x.shape[1:]}, expected {self.image_shape}: set config.data to match")
-        embedding = self._embed(noise_label, cond)
         h = self.image_in(x.reshape(x.shape[0], -1))
         for i, block in enumerate(self.blocks[:depth]):
             # the mask is drawn inside, so that it is drawn again and not kept

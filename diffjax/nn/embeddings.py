@@ -6,6 +6,7 @@ import numpy as np
 from flax import nnx
 
 from diffjax.core.types import Array
+from diffjax.nn.layers import Init, Linear
 
 
 def positional(values: Array, channels: int, endpoint: bool = False, max_positions: float = 10_000.0) -> Array:
@@ -29,6 +30,38 @@ class Fourier(nnx.Module):
 
     def __call__(self, values: Array) -> Array:
         return _cos_sin(values, 2 * np.pi * jax.lax.stop_gradient(self.freqs[...]).astype(values.dtype))
+
+
+def grid(rows: np.ndarray, columns: np.ndarray, width: int) -> np.ndarray:
+    """Sine-cosine table of a grid's positions: (R,), (C,) -> float32 (R C, width), tokens row by row.
+
+    The first half of the channels encodes the column, the second the row, each [sin, cos] with frequencies
+    10000^(-i / (width / 4)). Peebles & Xie 2023's code, after He 2022. Integers from 0 are DiT's positions.
+    """
+    frequencies = 1 / 10_000 ** (np.arange(width // 4, dtype=np.float64) / (width // 4))
+
+    def encode(positions: np.ndarray) -> np.ndarray:
+        angles = positions.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    row, column = np.meshgrid(np.asarray(rows, np.float64), np.asarray(columns, np.float64), indexing="ij")
+    return np.concatenate([encode(column), encode(row)], axis=1).astype(np.float32)
+
+
+class NoiseEmbedding(nnx.Module):
+    """Noise labels (B,) -> (B, width) float32: sinusoids [cos, sin], linear, SiLU, linear. Peebles & Xie 2023's code.
+
+    The last frequency is 10000^(-(n - 1) / n) of n = `frequencies` / 2: PixArt's and SD3's too, not HF's DiT's.
+    """
+
+    def __init__(self, width: int, frequencies: int = 256, init: Init = Init("normal", 0.02), *, rngs: nnx.Rngs):
+        self.frequencies = frequencies
+        self.expand = Linear(frequencies, width, init=init, rngs=rngs)
+        self.contract = Linear(width, width, init=init, rngs=rngs)
+
+    def __call__(self, noise_label_B: Array) -> Array:
+        features = positional(noise_label_B.astype(jnp.promote_types(noise_label_B.dtype, jnp.float32)), self.frequencies)
+        return self.contract(jax.nn.silu(self.expand(features)))
 
 
 def swap_halves(embedding: Array) -> Array:

@@ -1,7 +1,6 @@
-"""Linear, convolution with resampling, and group normalisation, NHWC.
+"""Linear layers, convolutions with resampling, and tables of vectors, NHWC.
 
-Parameters are float32; products run in `dtype`, normalisation always in float32. Kernels are
-(in, out) and (kh, kw, in, out).
+Parameters are float32; products run in `dtype`. Kernels are (in, out) and (kh, kw, in, out).
 """
 
 import dataclasses
@@ -20,7 +19,8 @@ from diffjax.core.types import Array
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """How a layer starts: `mode` by fan, `weight` and `bias` scale the draw. Karras 2022's code, table 6."""
+    """How a layer starts: `mode` by fan, or "normal" without; `weight` and `bias` scale the draw. Karras 2022's code,
+    table 6."""
 
     mode: str = "kaiming_normal"
     weight: float = 1.0
@@ -30,7 +30,10 @@ class Init:
         """Float32 of `shape`. Glorot & Bengio 2010, eq. 16; He 2015, eq. 10 without the gain of 2."""
         if scale == 0:
             return jnp.zeros(shape)
-        deviation = math.sqrt(2 / (fan_in + fan_out)) if self.mode.startswith("xavier") else math.sqrt(1 / fan_in)
+        if self.mode == "normal":
+            deviation = 1.0
+        else:
+            deviation = math.sqrt(2 / (fan_in + fan_out)) if self.mode.startswith("xavier") else math.sqrt(1 / fan_in)
         size = math.prod(shape)
         # sizes rounded up to powers of two: a network has dozens of shapes, and each would be compiled
         values = _draw(key, 1 << (size - 1).bit_length(), self.mode.endswith("uniform"))
@@ -56,15 +59,27 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(init.draw(rngs.params(), (outputs,), inputs, outputs, init.bias)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.matmul(*_cast(self.dtype, x, self.kernel[...]))
-        return y if self.bias is None else y + _broadcast(self.bias[...], y)
+        y = rows_times(*_cast(self.dtype, x, self.kernel[...]))
+        return y if self.bias is None else y + over_channels(self.bias[...], y)
+
+
+class Embedding(nnx.Module):
+    """Integers in 0..rows-1 -> vectors of `width`, drawn with the given standard deviation. Other integers give NaN,
+    which stops a run, in place of some row."""
+
+    def __init__(self, rows: int, width: int, deviation: float = 0.02, *, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(deviation * jax.random.normal(rngs.params(), (rows, width)))
+
+    def __call__(self, index: Array) -> Array:
+        return self.embedding[...].at[index].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class Conv(nnx.Module):
     """`size` x `size` convolution (B, H, W, in) -> (B, H', W', out), H' = 2H after `up`, H/2 after `down`.
 
     Resampling with `taps` (a separable low-pass filter) comes first; with `fused` the kernel is applied at the
-    high resolution, before the filter. size = 0 resamples only.
+    high resolution, before the filter. size = 0 resamples only. `stride` keeps every stride-th place; `pad` zeros
+    before and after both axes, where it is not size // 2 of them.
     """
 
     def __init__(
@@ -78,10 +93,14 @@ class Conv(nnx.Module):
         fused: bool = False,
         init: Init = Init(),
         dtype: Any = None,
+        stride: int = 1,
+        pad: tuple[int, int] | None = None,
         *,
         rngs: nnx.Rngs,
     ):
         self.size, self.up, self.down, self.taps, self.fused, self.dtype = size, up, down, tuple(taps), fused, dtype
+        around = size // 2 + ((len(self.taps) - 1) // 2 if fused else 0)
+        self.stride, self.pad = stride, pad or (around, around)
         if size:
             fans = inputs * size**2, outputs * size**2
             self.kernel = nnx.Param(init.draw(rngs.params(), (size, size, inputs, outputs), *fans, init.weight))
@@ -95,45 +114,26 @@ class Conv(nnx.Module):
         if not self.size:
             return x
         x, kernel = _cast(self.dtype, x, self.kernel[...])
-        if self.size == 1:
-            y = jnp.matmul(x, kernel[0, 0])
+        if self.size == 1 and self.stride == 1:
+            y = rows_times(x, kernel[0, 0])
         else:
-            pad = self.size // 2 + ((len(self.taps) - 1) // 2 if self.fused else 0)
-            y = convolve(x, kernel, pad)
+            y = convolve(x, kernel, self.pad, self.stride)
         if self.down and self.fused:
             y = _filter_down(y, self.taps, pad=0)
-        return y + _broadcast(self.bias[...], y)
+        return y + over_channels(self.bias[...], y)
 
 
-class GroupNorm(nnx.Module):
-    """Normalise groups of channels of (B, H, W, C) over space: min(32, C / 4) groups. Wu & He 2018."""
-
-    def __init__(self, channels: int, eps: float, *, rngs: nnx.Rngs):
-        del rngs  # starts as the identity
-        self.groups, self.eps = min(32, channels // 4), eps
-        self.scale, self.bias = nnx.Param(jnp.ones(channels)), nnx.Param(jnp.zeros(channels))
-
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        # sums over space first, channels stay innermost: on a CPU three times faster than sums over (space, group)
-        centred = wide - self._group_means(jnp.mean(wide, axis=(1, 2)))
-        variance = self._group_means(jnp.mean(jnp.square(centred), axis=(1, 2)))
-        factor = jax.lax.rsqrt(variance + self.eps) * _broadcast(self.scale[...], wide)
-        y = centred * factor + _broadcast(self.bias[...], wide)
-        return y.astype(x.dtype)
-
-    def _group_means(self, channels: Array) -> Array:
-        """Means of channels (B, C) over each group, for every channel again: (B, 1, 1, C)."""
-        groups = channels.reshape(channels.shape[0], self.groups, -1)
-        means = jnp.broadcast_to(jnp.mean(groups, axis=-1, keepdims=True), groups.shape)
-        return means.reshape(channels.shape[0], 1, 1, -1)
-
-
-def convolve(x: Array, kernel: Array, pad: int) -> Array:
-    """Stride-1 convolution of (B, H, W, in) with (kh, kw, in, out), `pad` zeros on every side."""
+def convolve(x: Array, kernel: Array, pad: tuple[int, int], stride: int = 1) -> Array:
+    """Convolution of (B, H, W, in) with (kh, kw, in, out), `pad` zeros before and after both axes."""
     return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), [(pad, pad), (pad, pad)], dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (stride, stride), [pad, pad], dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def rows_times(x: Array, kernel: Array) -> Array:
+    """(..., in) times (in, out). As a matrix of all rows: XLA for CPUs takes twice as long for the kernel's gradient
+    where it is a sum over several axes."""
+    return jnp.matmul(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def downsample(x: Array, taps: Sequence[float]) -> Array:
@@ -174,5 +174,6 @@ def _cast(dtype: Any, x: Array, kernel: Array) -> tuple[Array, Array]:
     return x.astype(dtype), kernel.astype(dtype)
 
 
-def _broadcast(bias: Array, y: Array) -> Array:
+def over_channels(bias: Array, y: Array) -> Array:
+    """(C,) in the type and with the axes of y (..., C)."""
     return bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))

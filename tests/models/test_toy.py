@@ -47,6 +47,15 @@ def test_conditions_start_silent_and_then_matter(options, told):
     assert np.abs(plain - network(randomly(params), x, jnp.zeros(2), told)).max() > 0.01
 
 
+def test_a_skip_gives_back_the_length_that_normalisation_takes():
+    """Twice the input is the same to the blocks, but for a layer's bias; with the skip it is seen at the end."""
+    network, init = make(skip=True)
+    params, x = init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, *SHAPE))
+    np.testing.assert_array_equal(network(params, x, jnp.zeros(2)), jnp.zeros_like(x))
+    params["skip"]["bias"] = params["skip"]["bias"] + 1
+    np.testing.assert_allclose(network(params, 3 * x, jnp.zeros(2)), 3 * x, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("name", "prefix"), [("step", "step"), ("guidance_scale", "guidance")])
 def test_a_condition_it_does_not_have_is_refused(name, prefix):
     network, init = make()

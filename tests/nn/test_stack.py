@@ -13,7 +13,6 @@ from diffjax.nn.functional import functionalize
 
 # small, since compiling a U-Net's gradient takes seconds; ADM's attention has heads of 64 channels
 UNET = dict(image_size=4, in_channels=1, out_channels=1, channel_mult=(1,), num_blocks=1, attention_sizes=(), dropout=0.3)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 # the compiler for CPUs undoes what it is told by these passes, those for accelerators do not
 KEPT = {"xla_disable_hlo_passes": "cse,cse_barrier_expander"}
 NETWORKS = {
@@ -54,7 +53,7 @@ def test_the_same_parameters_values_and_gradients(name, policy):
     assert trees.compare(*(jax.eval_shape(f, jax.random.key(0)) for f in (init, again))) == []
     given = inputs(name, 2)
     (expected, (by_params, by_image)), (found, grads) = (
-        gradient(f).lower(*given).compile(compiler_options=QUICK)(*given) for f in (plain, network)
+        gradient(f).lower(*given).compile()(*given) for f in (plain, network)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for want, have in zip(jax.tree.leaves((by_params, by_image)), jax.tree.leaves(grads), strict=True):
@@ -69,7 +68,7 @@ def test_a_gradient_needs_less_memory(name):
 
     def memory(policy):
         step = gradient(make(name, remat=policy)[0]).lower(*given)
-        return step.compile(compiler_options=QUICK | KEPT).memory_analysis().temp_size_in_bytes
+        return step.compile(compiler_options=KEPT).memory_analysis().temp_size_in_bytes
 
     assert memory("nothing") < 0.6 * memory("")
 
