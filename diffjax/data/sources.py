@@ -9,11 +9,12 @@ is reported before anything is compiled; every image is checked again when it is
 
 Kinds, and what they take besides the shape:
     digits         scikit-learn's 1,797 handwritten digits, 8x8, 10 classes
-    arrays         path: .npz with image(s) (N, H, W, C) and label(s) (N,)
+    arrays         path: .npz with image(s) (N, H, W, C), label(s) (N,)
+    prompts        path: a file of texts, one a line, without images; held_out: how many of the last are left out
     image_folder   path: folder or .zip, see `pictures`
     array_record   path: file, or folder of *.array_record*, made by `write_array_record`
     tfds           dataset, split, data_dir, download: tensorflow-datasets, without TensorFlow
-All but digits take resize=True: crop the centre and scale. Otherwise other sizes are errors.
+All of images but digits take resize=True: crop the centre and scale. Otherwise other sizes are errors.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from diffjax.data import pictures
+from diffjax.data import pictures, texts
 
 Item = dict[str, np.ndarray]
 _EARLY_READS = 256  # images decoded when a source is made, evenly spaced
@@ -48,11 +49,14 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataShape:
-    """What the network expects: square images of `image_size` pixels, `channels`, and `num_classes` (0 = no labels)."""
+    """What the network expects: square images of `image_size` pixels, `channels`, and `num_classes` (0 = no labels).
+    scale: what pixels in [-1, 1] are multiplied with before noise is added, and samples divided by (Li 2025, section 5.6).
+    """
 
     image_size: int
     channels: int
     num_classes: int = 0
+    scale: float = 1.0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -255,6 +259,7 @@ def _check_features(builder: Any, shape: DataShape, split: str, what: str) -> No
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "arrays": _arrays,
+    "prompts": texts.prompts,
     "image_folder": _image_folder,
     "array_record": _array_record,
     "tfds": _tfds,
