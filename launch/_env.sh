@@ -12,6 +12,13 @@ fail() {
   exit 2
 }
 
+# Shows a command, then runs it.
+run() {
+  echo
+  echo "> $*"
+  "$@"
+}
+
 # The folder of the environment that `prepare` uses.
 environment() {
   echo "${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}"

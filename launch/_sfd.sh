@@ -1,11 +1,5 @@
 # Sourced by sfd_digits.sh and sfd_cifar10.sh: the students of one training seed, in the order of their dependence.
 
-run() {
-  echo
-  echo "> $*"
-  "$@"
-}
-
 # students DATA BASE SEED [flags of every training]: configs/quick/{sfd,pd,amed}_DATA.py into BASE/seed_SEED
 students() {
   local data=$1 base=$2 seed=$3 folder="$2/seed_$3"

@@ -4,8 +4,20 @@
 #
 #   bash launch/bench.sh                     writes runs/bench/report.md and report.json
 #   bash launch/bench.sh --networks 2.2M     further options: --help
+#   bash launch/bench.sh assign              what assigned noise costs: solvers, and steps beside those without it;
+#                                            a quarter of an hour, writes runs/bench_assign
+#   bash launch/bench.sh latent              DiT, Stable Diffusion's U-Net and decoder beside diffusers' classes, and compile
+#                                            time of DiT-XL/2; a quarter of an hour, writes runs/bench_latent
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare test
+if [ "${1:-}" = assign ]; then
+  shift
+  exec python launch/bench_assign.py "$@"
+fi
 python -c "import torch" 2>/dev/null || fail "PyTorch is the yardstick and is not installed: type python -m pip install torch"
+if [ "${1:-}" = latent ]; then
+  shift
+  exec python launch/bench_latent.py "$@"
+fi
 python launch/bench.py "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One-step generators of the digits teacher: Diff-Instruct, DMD, EMD with 1, 4 and 16 Langevin steps, three training
-# seeds, and EMD-16 without noise cancellation. About AN HOUR on 2 cores after installation.
+# seeds, and EMD-16 without noise cancellation: 16 runs of 5 to 17 minutes each, two and a half hours on one core.
 #
 #   bash launch/emd_digits.sh            writes runs/emd_digits/report.md; run it again to go on after a stop
 #   bash launch/emd_digits.sh --smoke    the same in small into runs/smoke_emd_digits: does everything work here?
@@ -19,12 +19,6 @@ case "${1:-}" in
   *) fail "found ${1@Q}, expected nothing or --smoke" ;;
 esac
 prepare demo
-
-run() {
-  echo
-  echo "> $*"
-  "$@"
-}
 
 run python -m diffjax.cli.train --config=configs/quick/edm_digits.py --workdir="$base/teacher" ${teacher[@]+"${teacher[@]}"}
 for seed in "${seeds[@]}"; do

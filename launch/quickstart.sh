@@ -20,12 +20,6 @@ case "${1:-}" in
 esac
 prepare demo
 
-run() {
-  echo
-  echo "> $*"
-  "$@"
-}
-
 run python -m diffjax.cli.train --config=configs/quick/edm_digits.py --workdir="$runs/teacher" ${teacher[@]+"${teacher[@]}"}
 for calls in 1 2 3 4 5; do
   run python -m diffjax.cli.train --config=configs/quick/sfd_digits.py:$calls --workdir="$runs/student_$calls" \

@@ -2,8 +2,8 @@
 # SFD in full on CIFAR-10: students of 2 to 5 calls, SFD-v, the second stage.
 #
 #   bash launch/sfd_cifar10.sh --quick
-#       16x16 on a CPU, with a teacher trained here and all baselines, one training seed: one and a half to two hours on 2 cores;
-#       writes runs/sfd_cifar10/report.md. Run it again to go on after a stop.
+#       16x16 on a CPU, with a teacher trained here and all baselines, one training seed: one and a half to two hours
+#       on 2 cores; writes runs/sfd_cifar10/report.md. Run it again to go on after a stop.
 #   bash launch/sfd_cifar10.sh --teacher=FOLDER --vgg=FILE
 #       32x32 on GPUs with the published settings: FOLDER is a run of configs/edm/cifar10_ddpmpp.py:uncond, or published
 #       weights (python -m diffjax.cli.convert --kind=edm PICKLE FOLDER); FILE torchvision's VGG16 weights for LPIPS in

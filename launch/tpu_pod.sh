@@ -39,7 +39,7 @@ show() {
   printf ' %q' "$@"
   echo
 }
-run() {
+act() {
   show "$@"
   [ "$dry_run" = yes ] || "$@"
 }
@@ -47,7 +47,7 @@ state() {
   "${queue[@]}" describe "$name" "${at[@]}" --format='value(state.state)' 2>/dev/null
 }
 remote() { # a command on every worker; its exit code is the command's
-  run "${vm[@]}" ssh "$name" "${at[@]}" --worker=all --command="$1"
+  act "${vm[@]}" ssh "$name" "${at[@]}" --worker=all --command="$1"
 }
 
 if [ "$dry_run" = no ]; then
@@ -55,7 +55,7 @@ if [ "$dry_run" = no ]; then
   [ -z "$(git status --porcelain --untracked-files=no)" ] || fail "found changes that are not committed: the TPU gets the last commit"
 fi
 if [ "$dry_run" = yes ] || ! state >/dev/null; then
-  run "${queue[@]}" create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" "${at[@]}" \
+  act "${queue[@]}" create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" "${at[@]}" \
     ${spot[@]+"${spot[@]}"}
 fi
 while [ "$dry_run" = no ]; do
@@ -68,13 +68,13 @@ while [ "$dry_run" = no ]; do
   sleep "${TPU_POLL_SECONDS:-30}"
 done
 mkdir -p .cache
-run git archive --format=tar.gz "--output=$archive" HEAD
-run "${vm[@]}" scp "$archive" "$name:diffjax.tar.gz" "${at[@]}" --worker=all
+act git archive --format=tar.gz "--output=$archive" HEAD
+act "${vm[@]}" scp "$archive" "$name:diffjax.tar.gz" "${at[@]}" --worker=all
 remote "mkdir -p diffjax && tar -xzf diffjax.tar.gz -C diffjax && sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv"
 code=0
 remote "cd diffjax && source launch/_env.sh && prepare demo,tpu && python -m diffjax.cli.train$arguments" || code=$?
-run mkdir -p "$workdir"
-run "${vm[@]}" scp --recurse "$name:diffjax/$workdir/*" "$workdir" "${at[@]}" --worker=0
+act mkdir -p "$workdir"
+act "${vm[@]}" scp --recurse "$name:diffjax/$workdir/*" "$workdir" "${at[@]}" --worker=0
 [ "$code" = 0 ] || echo "the training ended with code $code (75: stopped and saved); the same command goes on"
 echo "$name costs money until you type: ${queue[*]} delete $name ${at[*]} --force"
 exit "$code"

@@ -3,11 +3,12 @@
     python -m diffjax.cli.train --config=configs/emd/cifar10.py:diff_instruct --workdir=runs/diff_instruct_cifar10 \
         --config.method.teacher=runs/edm_cifar10
 
-The argument: emd_16 (where absent), emd_8, emd_4, emd_2, emd_1; diff_instruct (Luo et al. 2023, pkulwj1994/diff_instruct);
-dmd (Yin et al. 2024), with its regression towards the teacher's ODE under LPIPS, asked for in every iteration.
+The argument: emd_16 (where absent), emd_8, emd_4, emd_2, emd_1; diff_instruct (Luo et al. 2023); dmd (Yin et al.
+2024), with its regression towards the teacher's ODE under LPIPS, asked for in every iteration.
 Hardware: one GPU.
-Expect (paper): FID 4.53 unconditional for diff_instruct, 50,000 samples, one call (recalled, not checked). The EMD paper
-has no CIFAR-10: its settings here are those of ImageNet-64 with Diff-Instruct's noise level and learning rates. Ours: not run.
+Expect (paper): FID 4.53 unconditional for diff_instruct, 50,000 samples, one call (recalled, not checked). The EMD
+paper has no CIFAR-10: its settings here are those of ImageNet-64 with Diff-Instruct's noise level and learning rates.
+Ours: not run.
 """
 
 from ml_collections import ConfigDict

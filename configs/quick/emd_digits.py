@@ -6,7 +6,7 @@
 The argument: emd_1, emd_4, emd_16 (K Langevin steps), emd_16_raw (the chain's noise stays in the target),
 diff_instruct, dmd, sds; forward_kl: diff_instruct with each gradient times the ratio of the densities, which is
 learned from the teacher's images.
-Hardware: any laptop CPU; 2 to 15 minutes on 2 cores.
+Hardware: any laptop CPU; 5 (diff_instruct) to 17 minutes (emd_16) on one core.
 Expect: see the table of `bash launch/emd_digits.sh` in README.md.
 """
 
