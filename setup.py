@@ -24,11 +24,13 @@ CORE = [
     "tqdm>=4.70.1",
 ]
 DEMO = ["matplotlib>=3.11.2", "scikit-learn>=1.9.1"]
+ODE = ["diffrax>=0.7.2"]
 LOG = ["tensorboardX>=2.6.5", "wandb>=0.31.0"]
-WEIGHTS = ["safetensors>=0.8.0"]
-# the yardsticks: torch of the speed comparison, whose version is part of the published figures, and lpips of our LPIPS;
-# lpips needs torchvision, of which each release wants one release of torch
-TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4"]
+WEIGHTS = ["safetensors>=0.8.0", "sentencepiece>=0.2.3", "tokenizers>=0.23.3"]  # the latter two for prompts
+# the yardsticks: torch of the speed comparison, whose version is part of the published figures, lpips of our LPIPS, the
+# networks and schedulers of diffusers, the encoders and tokenisers of transformers; lpips needs torchvision, of which
+# each release wants one release of torch
+TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "diffusers>=0.42.1", "transformers>=5.23.0"]
 NOTEBOOK = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
 setup(
@@ -48,7 +50,8 @@ setup(
         "demo": DEMO,
         "video": ["av>=18.1.0"],
         "log": LOG,
+        "ode": ODE,
         "weights": WEIGHTS,
-        "test": ["pytest>=9.2.0", "setuptools>=65.5.0", *TORCH, *DEMO, *LOG, *WEIGHTS, *NOTEBOOK],
+        "test": ["pytest>=9.2.0", "pytest-xdist>=3.8.0", "setuptools>=65.5.0", *TORCH, *DEMO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
     },
 )

@@ -2,11 +2,20 @@
 
 import json
 import os
+import sys
+import warnings
 import zlib
 from pathlib import Path
 
+WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+# XLA's threads spin while they wait: workers that shared cores would slow each other several times over
+if WORKER and hasattr(os, "sched_setaffinity"):
+    cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.sched_setaffinity(0, cores[int(WORKER.removeprefix("gw")) % len(cores) :: workers])
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# compiling is most of what a test does: machine code is made in a hurry (a third of the time is saved)
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax
 import numpy as np
@@ -17,7 +26,10 @@ GOLDEN = Path(__file__).parent / "golden"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax")))
+# a folder per worker, since JAX does not write the files of its cache atomically
+CACHE = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", ROOT / ".cache" / "jax")) / (WORKER or "")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -56,6 +68,39 @@ def golden_weights():
         return values.astype(np.float32)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    """The package, one thread of torch; skips where it is not installed."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'diffjax[test]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _declare_operators(torch)
+        reason = "transformers is not installed: pip install 'diffjax[test]'"
+        package = pytest.importorskip("transformers", reason=reason)
+        names = ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModelWithProjection", "T5EncoderModel", "CLIPTokenizer")
+        for name in names:  # each is imported when it is asked for
+            getattr(package, name)
+    package.logging.set_verbosity_error()  # tiny vocabularies lack the default ids of its configs
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on models this small a second thread costs more than it saves
+    yield package
+    torch.set_num_threads(threads)
+
+
+def _declare_operators(torch):
+    """transformers imports torchvision, if it is there. The published one is built for CUDA: beside the CPU build of
+    torch its operators do not load, and the registration of two of them ends the import. They are not needed here."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        sys.modules["torch"].torchvision_operators = library  # undone where it is collected
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,13 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
 from diffjax import build
+from diffjax.build import companions
 from diffjax.cli import flags, inspect
 from diffjax.core import trees
 from diffjax.runtime import configs
@@ -42,18 +44,29 @@ EXPERIMENTS = {
     "edm/imagenet64_adm.py": ("", "stochastic"),
     "sfd/cifar10.py": STUDENTS,
     "sfd/imagenet64.py": STUDENTS,
+    "sfd/sd_v15.py": ("v",),
+    "sfd/lsun_bedroom.py": ("2", "5"),
     "pd/cifar10.py": HALVED,
     "pd/imagenet64.py": HALVED,
     "pd/cifar10_guided.py": ("match", *HALVED),
     "pd/imagenet64_guided.py": ("match", *HALVED),
     "amed/cifar10.py": ("plugin5", "plugin10", "solver3"),
     "amed/imagenet64.py": ("plugin5", "plugin10", "solver3"),
+    "quick/immiscible_digits.py": ("consistency_none", "flow_linear", "ddim_knn", "flow_labels_class", "consistency_auction"),
+    "immiscible/ddim_cifar10.py": ("none", "knn"),
+    "immiscible/flow_cifar10.py": ("linear", "knn"),
+    "immiscible/consistency_cifar10.py": ("training_linear", "fixed_none", "ict_auction", "distillation_knn"),
+    "immiscible/consistency_celeba.py": ("linear",),
+    "immiscible/consistency_tiny_imagenet.py": ("knn",),
+    "immiscible/sd.py": ("scratch_linear", "finetune_knn"),
     "quick/emd_digits.py": ("emd_16", "emd_16_raw", "diff_instruct", "forward_kl", "dmd", "sds"),
     "emd/cifar10.py": ("emd_16", "diff_instruct", "dmd"),
     "emd/imagenet64.py": ("emd_16", "diff_instruct", "dmd2"),
+    "emd/sd_v15.py": ("",),
 }
 EVALUATIONS = {
     "quick/compare_digits.py": ("",), "quick/compare_sfd.py": ("digits", "cifar10"), "quick/compare_emd.py": ("",),
+    "quick/compare_immiscible.py": ("",),
 }  # fmt: skip
 # folders that configs name as teachers -> the config of that run
 TEACHERS = {
@@ -68,24 +81,27 @@ TEACHERS = {
     r"runs/edm_imagenet64(_null)?": "edm/imagenet64_adm.py",
     r"runs/sfd_cifar10_full_v": "sfd/cifar10.py:v",
     r"runs/sfd_imagenet64_v": "sfd/imagenet64.py:v",
+    r"runs/sd1[45]": "immiscible/sd.py:scratch_none",
     r"runs/pd_cifar10_(\d+)": "pd/cifar10.py:",
     r"runs/pd_imagenet64_(\d+)": "pd/imagenet64.py:",
     r"runs/guided_pd_cifar10_(\w+)": "pd/cifar10_guided.py:",
     r"runs/guided_pd_imagenet64_(\w+)": "pd/imagenet64_guided.py:",
 }
-# Karras 2022's networks; CIFAR-10 unconditional and ImageNet 64 are the published teachers of Zhou 2024
-PARAMETERS = {"edm/cifar10_ddpmpp.py:uncond": 55_733_891, "edm/imagenet64_adm.py": 295_899_267}
+# Karras 2022; the CIFAR-10 teacher of Zhou 2024
+PARAMETERS = {"edm/cifar10_ddpmpp.py:uncond": 55_733_891}
 ALL = [f"{file}:{arg}".rstrip(":") for file, args in (EXPERIMENTS | EVALUATIONS).items() for arg in args]
-NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS]
+# whose name, or whose method, says how many calls a sample costs
+NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and "immiscible" not in name]
 # Traced as a whole, which takes seconds each: every method and network, once with the published sizes. What is left
 # out differs from these in numbers only.
 BUILT = [
     "quick/edm_digits.py", "quick/edm_cifar16.py", "quick/sfd_digits.py:2", "quick/sfd_digits.py:v",
-    "quick/sfd_digits.py:second", "quick/pd_digits.py:16", "quick/amed_digits.py:4", "edm/cifar10_ddpmpp.py:cond",
-    "edm/cifar10_ddpmpp.py:uncond", "edm/imagenet64_adm.py", "sfd/cifar10.py:2", "sfd/cifar10.py:second",
-    "sfd/imagenet64.py:5", "pd/cifar10.py:1", "pd/cifar10_guided.py:match",
-    "quick/emd_digits.py:emd_16", "quick/emd_digits.py:dmd", "quick/emd_digits.py:sds", "quick/emd_digits.py:forward_kl", "emd/cifar10.py:dmd",
-    "emd/imagenet64.py:dmd2",
+    "quick/sfd_digits.py:second", "quick/pd_digits.py:16", "quick/amed_digits.py:4", "edm/cifar10_ddpmpp.py:uncond",
+    "sfd/cifar10.py:second", "pd/cifar10_guided.py:match", "quick/emd_digits.py:emd_16",
+    "quick/emd_digits.py:dmd", "quick/emd_digits.py:sds", "quick/emd_digits.py:forward_kl", "emd/imagenet64.py:dmd2",
+    "quick/immiscible_digits.py:consistency_auction", "quick/immiscible_digits.py:flow_linear",
+    "quick/immiscible_digits.py:ddim_knn", "immiscible/consistency_cifar10.py:distillation_knn",
+    "sfd/sd_v15.py:v", "emd/sd_v15.py", "immiscible/sd.py:finetune_knn",
 ]  # fmt: skip
 
 
@@ -98,6 +114,17 @@ def abstract_teachers(monkeypatch):
     """Teachers without runs: their configs, and weights of the right shapes that take no memory."""
     monkeypatch.setattr(build.runs, "load_run", lambda workdir: blank_run(config_of(workdir)))
     monkeypatch.setattr(build.runs.configs, "read", lambda workdir: runnable(config_of(workdir)).to_dict())
+    monkeypatch.setattr(build.companions, "load_companions", blank_companions)
+
+
+def blank_companions(folder) -> companions.Companions:
+    """Shapes of Stable Diffusion 1's texts and latents: its real parts run in test_latent_runs, in small."""
+    text = companions.TextEncoder(
+        lambda texts: {"tokens": np.zeros((len(texts), 77), np.int32)},
+        lambda params, tokens: {"text": jnp.zeros((*tokens["tokens"].shape, 768))}, {},
+    )  # fmt: skip
+    encode = lambda params, images, key: jnp.zeros((len(images), images.shape[1] // 8, images.shape[2] // 8, 4))  # noqa: E731
+    return companions.Companions(folder, text, companions.Autoencoder(encode, None, {}, 8, 3))
 
 
 def config_of(workdir) -> str:
@@ -112,6 +139,10 @@ def runnable(name: str) -> ConfigDict:
     config = load(name)
     if config.method.get("perceptual"):
         config.method.perceptual.network = ""
+        if config.method.name == "consistency":
+            config.method.metric = "pseudo_huber"
+    if "companions" in config.data or config.data.name == "prompts":
+        config.train.update({"batch_size": 8, "total_images": 64})  # pictures are large
     if config.method.name == "edm":
         config.method.label_dropout = 0.1 if config.data.num_classes else 0.0
     return config

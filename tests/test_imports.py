@@ -29,8 +29,8 @@ ALLOWED["cli"] = EVERYTHING | {"build"}
 
 # installed by an extra, or slow and seldom needed: imported by the function that uses it
 LAZY = {
-    "array_record", "av", "imageio", "lpips", "matplotlib", "safetensors", "sklearn", "tensorboardX", "tensorflow",
-    "tensorflow_datasets", "torch", "torchvision", "wandb",
+    "array_record", "av", "diffrax", "imageio", "lap", "lpips", "matplotlib", "safetensors", "sentencepiece", "sklearn",
+    "tensorboardX", "tensorflow", "tensorflow_datasets", "tokenizers", "torch", "torchvision", "transformers", "wandb",
 }  # fmt: skip
 ONLY_IN_FUNCTIONS = {"cli": {"jax", "flax", "optax", "orbax", "grain"}}  # so that --help is immediate
 

@@ -6,17 +6,22 @@ from pathlib import Path
 import nbclient
 import nbformat
 import pytest
+import tiny_folders
 
 ROOT = Path(__file__).parent.parent
 SHORT = {  # notebook -> names of its settings and what the test takes for them
     "quickstart": {"TEACHER_IMAGES": 25_600, "STUDENT_IMAGES": 1_280, "SAMPLES": 200},
     "sfd_v": {"TEACHER_IMAGES": 12_800, "STUDENT_IMAGES": 1_280, "SECOND_IMAGES": 640, "SAMPLES": 200},
+    "immiscible": {"IMAGES": 5_120, "UPDATES": 250, "SAMPLES": 200},
     "emd": {"TEACHER_IMAGES": 12_800, "STUDENT_IMAGES": 6_400, "SAMPLES": 200},
+    "text_to_image": {"MODEL": "'tiny'", "STEPS": 3},
 }
 SHOWN = {  # notebook -> number of its pictures, and what it prints
     "quickstart": (3, ("35 network calls", "SFD student, 2 calls")),
     "sfd_v": (2, ("second stage, 1 call", "5 calls: SFD-v")),
+    "immiscible": (2, ("linear   distance of image", "linear   1 step", "linear, 50 calls: distance")),
     "emd": (3, ("Diff-Instruct, 1 call: distance", "EMD-4, 1 call: distance")),
+    "text_to_image": (3, ("unet with 792,964 weights", "pictures of 16 pixels a side", "16 network calls each")),
 }
 
 
@@ -25,13 +30,15 @@ def test_every_notebook_is_run_here():
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_notebook_runs(name, tmp_path):
+def test_notebook_runs(name, tmp_path, request):
     for folder in ("configs", "launch", "diffjax"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     notebook = nbformat.read(ROOT / "launch" / "colab" / f"{name}.ipynb", as_version=4)
     for setting, value in SHORT[name].items():
         _set(notebook, setting, value)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}  # one device, as a reader has
+    if name == "text_to_image":
+        tiny_folders.stable_diffusion(request.getfixturevalue("transformers"), tmp_path / "tiny")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # one device
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute(env=environment)
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
@@ -47,7 +54,7 @@ def test_notebooks_are_stored_without_output():
         assert all(not cell.outputs and cell.execution_count is None for cell in cells), path.name
 
 
-def _set(notebook: nbformat.NotebookNode, name: str, value: int) -> None:
+def _set(notebook: nbformat.NotebookNode, name: str, value: int | str) -> None:
     for cell in notebook.cells:
         lines = cell.source.splitlines()
         for i, line in enumerate(lines):

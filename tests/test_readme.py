@@ -16,6 +16,7 @@ SHORT = {
     "edm_digits": ["--config.train.total_images=2560", "--config.train.sample_every_steps=0", "--config.model.width=32"],
     "sfd_digits": ["--config.train.total_images=256", "--config.train.sample_every_steps=0"],
     "pd_digits": ["--config.train.total_images=256"],
+    "immiscible_digits": ["--config.train.total_images=2560", "--config.model.width=64", "--config.model.depth=1"],
     "emd_digits": ["--config.train.total_images=256", "--config.train.sample_every_steps=0"],
     "amed_digits": ["--config.train.total_images=256"],
     "compare_digits": ["--config.num_samples=64", "--config.batch_size=64", "--config.calls=(1, 2)"],

@@ -5,6 +5,7 @@ that function's options, so a signature is the list of what may be set.
 
     experiment(config)      what `train.loop.run` trains
     load_run(workdir)       a trained run, ready to sample
+    load_model(folder)      a published model, the same
     run_plan(run)           the sampling plan it was trained for, or of its `sample` section
     draw(run, plan, ...)    seeds to images
 """
@@ -14,25 +15,28 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import methods
+from diffjax.build import companions, methods, runs
 from diffjax.build.costs import emd_iteration
 from diffjax.build.methods import teacher_targets
 from diffjax.build.networks import data_shape, denoiser
+from diffjax.build.parts import Parts, assignment_warning, beside_data, source_of
+from diffjax.build.published import load_model, read_weights
 from diffjax.build.runs import Run, draw, load_run, plan, resolve, run_plan, trained_steps
 from diffjax.core import names
-from diffjax.core.types import Params
+from diffjax.core.types import Array, Params
 from diffjax.data import sources
 from diffjax.sampling import generate
 from diffjax.train import ema, loop, step
 from diffjax.train import state as train_state
 
 __all__ = [
-    "SECTIONS", "Run", "all_images", "data_shape", "denoiser", "draw", "emd_iteration", "experiment", "load_run",
-    "plan", "resolve", "run_plan", "teacher_targets", "trained_steps",
+    "SECTIONS", "Run", "all_images", "assignment_warning", "data_shape", "denoiser", "draw", "emd_iteration",
+    "experiment", "load_model", "load_run", "plan", "read_weights", "resolve", "run_plan", "teacher_targets", "trained_steps",
 ]  # fmt: skip
 
 SECTIONS = ("seed", "data", "model", "method", "optim", "ema", "train", "sample", "allow_config_change")
 _SAMPLES_SHOWN = 36  # images of a sample grid during training
+_PICTURES_SHOWN = 8  # of a network on latents, whose pictures are large
 
 
 def experiment(config: ConfigDict) -> loop.Experiment:
@@ -67,27 +71,47 @@ def experiment(config: ConfigDict) -> loop.Experiment:
     )
 
 
-def _sampler(config: ConfigDict, parts: methods.Parts) -> Callable[[Params], np.ndarray]:
-    """Parameters to the uint8 images of a sample grid, the same seeds each time."""
+def _sampler(config: ConfigDict, parts: Parts) -> Callable[[Params], np.ndarray]:
+    """Parameters to the uint8 images of a sample grid, the same seeds each time; of texts those that are held out."""
+    config = resolve(config)
+    beside = beside_data(config)
+    count = _SAMPLES_SHOWN if beside is None else _PICTURES_SHOWN
+    cond: dict[str, np.ndarray] = {}
+    if beside is not None:
+        if beside.text is not None:
+            cond |= companions.conditions(beside, _shown_texts(source_of(config.data), count), "", count)
+        cond |= companions.controls(config.model, parts.data.image_size * beside.autoencoder.factor, count)
+
+    def finish(images: Array) -> Array:
+        return generate.to_uint8(images / parts.data.scale)
 
     def sample(params: Params) -> np.ndarray:
-        return generate.generate(
+        images = generate.generate(
             parts.denoise,
             parts.with_frozen(params),
             parts.plan,
-            range(_SAMPLES_SHOWN),
+            range(count),
             parts.data.shape,
-            batch_size=_SAMPLES_SHOWN,
+            batch_size=count,
             seed=config.seed,
+            cond=cond,
             num_classes=parts.data.num_classes or None,
-            finish=generate.to_uint8,
-            sampler=parts.sampler,
+            finish=finish if beside is None else None,
+            sampler=runs.sampler_for(parts.plan, parts.sampler),
         )
+        return images if beside is None else np.asarray(generate.to_uint8(beside.pictures(images)))
 
     return sample
 
 
+def _shown_texts(source: sources.Source, count: int) -> list[str]:
+    """`count` texts, again from the first where there are fewer."""
+    held_out = getattr(source, "held_out", None)
+    texts = held_out or [str(source[i]["caption"]) for i in range(min(count, len(source)))]
+    return [texts[i % len(texts)] for i in range(count)]
+
+
 def all_images(data: ConfigDict) -> np.ndarray:
     """Every image (N, H, W, C) of a `data` section, as stored: uint8, or float32 in [-1, 1]."""
-    source = methods.source_of(data)
+    source = source_of(data)
     return sources.read(source, range(len(source)))["image"]

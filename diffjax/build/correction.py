@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import methods, networks, runs
+from diffjax.build import emd_parts, networks, runs
 from diffjax.core import rng, trees
 from diffjax.core.types import Array, Denoiser
 from diffjax.data import sources
@@ -35,6 +35,7 @@ class EMDRun(NamedTuple):
     """All three networks of a run. denoise: of generator and student score. teacher_denoise: guided as in training."""
 
     config: ConfigDict
+    settings: emd.Settings
     teacher_denoise: Denoiser
     denoise: Denoiser
     weights: Weights
@@ -58,7 +59,9 @@ def load(workdir: str | Path) -> EMDRun:
     saved = configs.read(workdir) or {}
     method = saved.get("method", {})
     if saved and method.get("name") != "emd":
-        raise ValueError(f"{workdir} is a run of method {method.get('name')!r}: only a run of 'emd' has a chain to correct with")
+        raise ValueError(
+            f"{workdir} is a run of method {method.get('name')!r}: only a run of 'emd' has a chain to correct with"
+        )
     if method.get("student_score", "learned") != "learned":
         raise ValueError(
             f"{workdir} was trained with student_score={method['student_score']!r}, so that it has no student score, "
@@ -73,23 +76,14 @@ def load(workdir: str | Path) -> EMDRun:
     trees.check(expected, score, f"the student score in {workdir}")
     teacher = runs.load_run(config.method.teacher)
     weights = Weights(teacher.params, score, params)
-    return EMDRun(config, methods.guided_teacher(config, teacher), denoise, weights, step, data)
+    settings, guided = emd_parts.settings(config, data), emd_parts.guided_teacher(config, teacher)
+    return EMDRun(config, settings, guided, denoise, weights, step, data)
 
 
 def scheme(run: EMDRun) -> str:
     """The run's own scheme, eps_z where its latent is at rest."""
-    own = run.config.method.get("scheme", "eps_z")
+    own = run.settings.scheme
     return own if own in ("eps_z", "x_z") else "eps_z"
-
-
-def step_sizes(run: EMDRun, noise_step: float | None = None, latent_step: float | None = None) -> StepSizes:
-    """The run's step sizes, but for those given. Raises ValueError for a negative one."""
-    given = {"noise_step": noise_step, "latent_step": latent_step}
-    chosen = {name: run.config.method[name] if value is None else value for name, value in given.items()}
-    for name, value in chosen.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, found {value}")
-    return StepSizes(*(float(value) for value in chosen.values()))
 
 
 def correct(
@@ -100,15 +94,17 @@ def correct(
 
     sigma: of the order of the data's spread (0.5) noise leaves the layout of an image and hides its detail, so that the
     chain may change both; much lower and images hardly move, much higher and every image may become any other.
-    rates: see `step_sizes`. labels (n,) are drawn per sample where not given. Raises guards.NonFiniteError naming the
-    seeds whose chain is not finite, ValueError for numbers that cannot be.
+    rates: the run's where not given. labels (n,) are drawn per sample where not given. Raises guards.NonFiniteError
+    naming the seeds whose chain is not finite, ValueError for numbers that cannot be.
     """
     if langevin_steps < 1 or not sigma > 0 or batch_size < 1:
-        raise ValueError(f"found langevin_steps={langevin_steps}, sigma={sigma}, batch_size={batch_size}: all must be positive")
-    rates = step_sizes(run) if rates is None else rates
-    method = run.config.method
-    network = method.get("generator_sigma", 5.0), method.get("latent", "sigma")
-    kind = scheme(run), method.get("half_step", False), method.get("sequential", False)
+        raise ValueError(
+            f"found langevin_steps={langevin_steps}, sigma={sigma}, batch_size={batch_size}: all must be positive"
+        )
+    rates = emd_parts.step_sizes(run.config.method) if rates is None else rates
+    settings = run.settings
+    network = settings.generator_sigma, settings.latent
+    kind = scheme(run), settings.half_step, settings.sequential
     program = _program(run.teacher_denoise, run.denoise, run.data, langevin_steps, network, kind)
     ids, parts = np.asarray(sample_ids, np.uint32), []
     for start in range(0, len(ids), batch_size):
@@ -116,16 +112,17 @@ def correct(
         rows = np.minimum(np.arange(start, start + batch_size), len(ids) - 1)
         cond = {} if labels is None else {"label": jnp.asarray(np.asarray(labels)[rows], jnp.int32)}
         count = min(batch_size, len(ids) - start)
-        parts.append([np.asarray(part)[:count] for part in program(run.weights, np.uint32(seed), ids[rows], cond, sigma, rates)])
+        pair = program(run.weights, np.uint32(seed), ids[rows], cond, sigma, rates)
+        parts.append([np.asarray(part)[:count] for part in pair])
     before, after = (np.concatenate(part) for part in zip(*parts, strict=True))
     bad = ids[~np.isfinite(after).all(axis=(1, 2, 3))]
     if len(bad):
         raise guards.NonFiniteError(
-            f"the chains of {len(bad)} of {len(ids)} samples are not finite after {langevin_steps} steps with noise_step="
-            f"{rates.noise:g}, latent_step={rates.latent:g} at sigma={sigma:g}, those of seeds {bad[:_SHOWN].tolist()} among "
-            "them: lower --latent_step or --noise_step, or take a higher --sigma"
+            f"the chains of {len(bad)} of {len(ids)} samples are not finite after {langevin_steps} steps with "
+            f"noise_step={rates.noise:g}, latent_step={rates.latent:g} at sigma={sigma:g}, those of seeds "
+            f"{bad[:_SHOWN].tolist()} among them: lower --latent_step or --noise_step, or take a higher --sigma"
         )
-    return Pair(before, after)
+    return Pair(before / run.data.scale, after / run.data.scale)
 
 
 @functools.lru_cache(maxsize=16)  # compiled once for all noise levels and step sizes

@@ -7,35 +7,46 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from diffjax.core import names, prediction
-from diffjax.core.types import Array, Cond, Denoiser, Key, Params
+from diffjax.core import names, prediction, schedules
+from diffjax.core.types import Array, Cond, Denoiser, Key, Network, Params
 from diffjax.data import sources
-from diffjax.models import edm_unet, toy
+from diffjax.models import dit, edm_unet, mdt, mmdit, pixart, toy, unet
 from diffjax.nn import functional
+from diffjax.sampling.learned_variance import VarianceDenoiser
 
 
 def _residual_mlp(
     data: sources.DataShape, *, width: int = 256, depth: int = 4, dropout: float = 0.0, step_condition: bool = False,
     zero_init_step: bool = False, guidance_condition: bool = False, embedding_width: int = 0, remat: str = "",
+    skip: bool = False,
 ) -> Callable:  # fmt: skip
     return functools.partial(
         toy.ResidualMLP, data.shape, width, depth, data.num_classes, dropout, step_condition, zero_init_step,
-        guidance_condition, embedding_width, remat,
+        guidance_condition, embedding_width, remat, skip,
     )  # fmt: skip
 
 
 def _edm_unet(network: Callable, fixed: Mapping[str, Any], data: sources.DataShape, *, augment_dim: int = 0,
-              compute_dtype: str = "", **options: Any) -> Callable:  # fmt: skip
+              compute_dtype: str = "", learned_variance: bool = False, **options: Any) -> Callable:  # fmt: skip
     dtype = jnp.dtype(compute_dtype) if compute_dtype else None
     return functools.partial(
-        network, data.image_size, data.channels, data.channels, num_classes=data.num_classes, augment_dim=augment_dim,
-        dtype=dtype, **fixed, **options,
+        network, data.image_size, data.channels, data.channels * (1 + learned_variance), num_classes=data.num_classes,
+        augment_dim=augment_dim, dtype=dtype, **fixed, **options,
+    )  # fmt: skip
+
+
+def _latent(network: Callable, data: sources.DataShape, *, compute_dtype: str = "", learned_variance: bool = False,
+            **options: Any) -> Callable:  # fmt: skip
+    return functools.partial(
+        network, data.image_size, data.channels, out_channels=data.channels * (1 + learned_variance),
+        num_classes=data.num_classes, dtype=jnp.dtype(compute_dtype) if compute_dtype else None, **options,
     )  # fmt: skip
 
 
 _NCSNPP = {"embedding": "fourier", "encoder": "residual", "taps": (1, 3, 3, 1), "noise_channels_mult": 2}
+
+LATENT = {"unet": unet.UNet, "dit": dit.DiT, "mdt": mdt.MDT, "pixart": pixart.PixArt, "mmdit": mmdit.MMDiT}
 
 # name -> function of the data's shape and options, which returns a constructor of the module that takes rngs
 MODELS: dict[str, Callable[..., Callable]] = {
@@ -43,11 +54,31 @@ MODELS: dict[str, Callable[..., Callable]] = {
     "ddpmpp": functools.partial(_edm_unet, edm_unet.SongUNet, {}),
     "ncsnpp": functools.partial(_edm_unet, edm_unet.SongUNet, _NCSNPP),
     "adm": functools.partial(_edm_unet, edm_unet.DhariwalUNet, {}),
+    **{name: functools.partial(_latent, network) for name, network in LATENT.items()},
 }
+
+
+def _predicts(kind: str) -> Callable[..., Denoiser]:
+    default = "flow" if kind == "velocity" else "linear"
+
+    def wrap(network: Network, process: str = default, label_scale: float = 1.0) -> Denoiser:
+        """A network that predicts `kind` under a process of `schedules.PROCESSES`. Its noise label is the time, 0..1 of
+        the flow and 0..T-1 of a table, times label_scale."""
+        schedule = schedules.named(process)
+        label = schedule.label if isinstance(schedule, schedules.Discrete) else lambda u: u
+        at = schedules.process(schedule, lambda u: label_scale * label(u))
+        return prediction.process_denoiser(network, kind, at)
+
+    return wrap
+
+
+# name -> function of the network and options of the `model` section, which returns its denoiser
 PRECONDITIONS: dict[str, Callable[..., Denoiser]] = {
     "edm": prediction.edm_denoiser,
+    "consistency": prediction.consistency_function,
     "vp": prediction.vp_denoiser,
     "ve": prediction.ve_denoiser,
+    **{kind: _predicts(kind) for kind in ("eps", "x0", "v", "velocity")},
 }
 
 
@@ -56,9 +87,32 @@ def denoiser(model: Mapping[str, Any], data: sources.DataShape) -> tuple[Denoise
 
     Raises ValueError for unknown names and options.
     """
-    wrap, constructor = _parts(model, data)
-    network, init = functional.functionalize(constructor)
+    wrap, network, init = _parts(model, data)
+    if variance := variance_denoiser(model, data):
+        return lambda *args, **options: variance(*args, **options)[0], init
     return wrap(network), init
+
+
+def variance_denoiser(model: Mapping[str, Any], data: sources.DataShape) -> VarianceDenoiser | None:
+    """(D, v) of a network with model.learned_variance, whose second half of channels is 2 v - 1; None for others."""
+    if not model.get("learned_variance"):
+        return None
+    wrap, both, _ = _parts(model, data)
+
+    def variance(
+        params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None
+    ) -> tuple[Array, Array]:
+        seen = []
+
+        def network(params: Params, x: Array, noise_label: Array, cond: Cond | None, key: Key | None) -> Array:
+            prediction, second = jnp.split(both(params, x, noise_label, cond, key), 2, axis=-1)
+            seen.append(second)
+            return prediction
+
+        data = wrap(network)(params, x, sigma, cond, key)
+        return data, (seen[0].astype(x.dtype) + 1) / 2
+
+    return variance
 
 
 def features(model: Mapping[str, Any], data: sources.DataShape) -> tuple[Callable[..., Array], int]:
@@ -66,8 +120,7 @@ def features(model: Mapping[str, Any], data: sources.DataShape) -> tuple[Callabl
 
     Under `jax.jit` beside a call of the denoiser at the same point, the compiler computes the encoder once.
     """
-    wrap, constructor = _parts(model, data)
-    bottleneck, init = functional.functionalize(constructor, "bottleneck")
+    wrap, bottleneck, init = _parts(model, data, "bottleneck")
 
     def at(params: Params, x: Array, sigma: Array, cond: Cond | None = None) -> Array:
         seen = []
@@ -89,28 +142,45 @@ def data_shape(data: Mapping[str, Any]) -> sources.DataShape:
     missing = [key for key in ("image_size", "channels") if key not in data]
     if missing:
         raise ValueError(f"config.data lacks {missing}: set for example config.data.image_size = 32")
-    return sources.DataShape(data["image_size"], data["channels"], data.get("num_classes", 0))
+    if not data.get("image_scale", 1.0) > 0:
+        raise ValueError(f"data.image_scale multiplies the pixels, above 0, found {data['image_scale']}")
+    return sources.DataShape(
+        data["image_size"], data["channels"], data.get("num_classes", 0), data.get("image_scale", 1.0)
+    )
 
 
-def _parts(model: Mapping[str, Any], data: sources.DataShape) -> tuple[Callable, Callable[[nnx.Rngs], nnx.Module]]:
-    """The preconditioner, and the network's constructor, of a `model` section."""
+def _parts(
+    model: Mapping[str, Any], data: sources.DataShape, method: str = "__call__"
+) -> tuple[Callable, Callable, Callable[[Key], Params]]:
+    """The preconditioner of a `model` section; a method of its network as a function, and its fresh parameters."""
     options = dict(model)
     name, precondition = options.pop("name", None), options.pop("precondition", "edm")
     wrap = names.lookup(PRECONDITIONS, precondition, "model.precondition")
-    if precondition == "edm":
-        wrap = functools.partial(wrap, sigma_data=options.pop("sigma_data", 0.5))
+    own = [key for key, p in inspect.signature(wrap).parameters.items() if p.default is not p.empty]
+    given = {key: options.pop(key) for key in own if key in options}
+    if "sigma_data" in own:  # that of the pixels as they are stored
+        given["sigma_data"] = data.scale * given.get("sigma_data", inspect.signature(wrap).parameters["sigma_data"].default)
+    wrap = functools.partial(wrap, **given)
     make = names.lookup(MODELS, name, "model.name")
     # a config read back from JSON has lists where its file had tuples
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:
         constructor = make(data, **options)
-        nnx.eval_shape(lambda: constructor(rngs=nnx.Rngs(0)))
+        return wrap, *functional.functionalize(lambda rngs: constructor(rngs=rngs), method)
     except TypeError as error:
         raise ValueError(f"config.model does not fit {name!r}: {error}; its options are {_options(make)}") from error
-    return wrap, lambda rngs: constructor(rngs=rngs)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Options of a network, by its name in a `model` section, that have a default, and that default."""
+    return {key: p.default for key, p in _parameters(MODELS[name]).items() if p.default is not p.empty}
 
 
 def _options(make: Callable) -> list[str]:
-    module = make.args[0] if isinstance(make, functools.partial) else make
-    hidden = {"data", "rngs", "image_size", "in_channels", "out_channels", "num_classes", "dtype"}
-    return [name for name in inspect.signature(module).parameters if name not in hidden]
+    hidden = {"self", "data", "rngs", "image_size", "channels", "in_channels", "out_channels", "num_classes", "dtype"}
+    return [name for name in _parameters(make) if name not in hidden]
+
+
+def _parameters(make: Callable) -> Mapping[str, inspect.Parameter]:
+    # a module's class shows (*args, **kwargs)
+    return inspect.signature(make.args[0].__init__ if isinstance(make, functools.partial) else make).parameters

@@ -11,18 +11,20 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diffjax.build import networks
-from diffjax.core import grids, guidance, solvers, trees
+from diffjax.build import companions, networks
+from diffjax.core import grids, guidance, names, schedules, solvers, trees
 from diffjax.core.types import Denoiser, Params
 from diffjax.data import sources
 from diffjax.methods import amed, emd
 from diffjax.models import amed_predictor
 from diffjax.nn import functional
 from diffjax.runtime import checkpoint, configs
-from diffjax.sampling import amed_sampler, few_step, generate, gits
+from diffjax.sampling import adaptive, amed_sampler, few_step, generate, gits, learned_variance
 from diffjax.sampling.sample import sample as follow_plan
 
 _SOLVER_FREE = ("guidance_scale", "batch_size")  # keys of a `sample` section that are not the plan's
+_FIXED_LEVELS = ("num_steps", "grid", "process", "rho", "to_zero", "order", "afs", "parity")  # not of an adaptive plan
+_MIDDLE = (0.821,)  # where a consistency function's second call starts; Song & Dhariwal 2023
 _GITS_LEVELS, _GITS_SAMPLES = 61, 256  # teacher levels and warm-up samples, as published
 
 
@@ -42,12 +44,12 @@ class Run(NamedTuple):
     null_class: bool = False
 
 
-def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint of a run folder, the average of the weights where there is one.
+def load_run(workdir: str | Path, step: int | None = None) -> Run:
+    """The newest checkpoint of a run folder, or that of `step`; the average of the weights where there is one.
 
     Raises checkpoint.CheckpointError where there is none, ValueError where its weights do not fit its config.
     """
-    params, saved, at = checkpoint.load_params(workdir, ema=None)
+    params, saved, at = checkpoint.load_params(workdir, ema=None, step=step)
     config = resolve(ConfigDict(saved))
     shape = networks.data_shape(config.data)
     null_class = config.method.get("label_dropout", 0) > 0 or config.data.get("null_class", False)
@@ -60,22 +62,24 @@ def load_run(workdir: str | Path) -> Run:
         return Run(config, teacher.denoise, params, at, shape, sampler, null_class)
     denoise, init = networks.denoiser(config.model, shape)
     trees.check(jax.eval_shape(init, jax.random.key(0)), params, what)
-    return Run(config, denoise, params, at, shape, null_class=null_class)
+    return Run(config, denoise, params, at, shape, run_sampler(config.model, shape), null_class)
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
     """A copy of `config` whose sections "teacher" are written out, so that the run does without its teacher.
 
-    config.model = {"name": "teacher", ...}: the teacher's network, with these options changed. config.data "none" and
-    {"name": "teacher", ...}: the teacher's image shape, or its data with these options changed. Raises CheckpointError for a teacher that is no run.
+    config.model = {"name": "teacher", ...}: the teacher's network, with these options changed; of a run that goes on from
+    method.start, that run's. config.data "none" and {"name": "teacher", ...}: the teacher's image shape, or its data with
+    these options changed. Raises CheckpointError for a teacher that is no run.
     """
     config = ConfigDict(config.to_dict())
     if config.get("model", {}).get("name") != "teacher":
         return config
-    saved = configs.read(config.method.teacher)
+    key = "teacher" if "teacher" in config.method else "start"
+    saved = configs.read(config.method[key])
     if saved is None:
         raise checkpoint.CheckpointError(
-            f"config.method.teacher = {config.method.teacher!r} holds no run: train it first, or give another folder"
+            f"config.method.{key} = {config.method[key]!r} holds no run: train it first, or give another folder"
         )
     teacher = resolve(ConfigDict(saved))
     changes = {key: value for key, value in config.model.items() if key != "name"}
@@ -84,7 +88,8 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if changes["name"] == "teacher":
         changes.pop("name")
     else:
-        data = {key: data[key] for key in ("image_size", "channels", "num_classes", "null_class") if key in data}
+        kept = ("image_size", "channels", "num_classes", "null_class", "image_scale", "companions")
+        data = {key: data[key] for key in kept if key in data}
     data |= changes
     if teacher.method.get("label_dropout", 0) > 0:
         data["null_class"] = True
@@ -95,13 +100,39 @@ def resolve(config: ConfigDict) -> ConfigDict:
 # Plans ---------------------------------------------------------------------------------------------------------
 
 
-def plan(sample: Mapping[str, Any]) -> solvers.Plan:
+def plan(sample: Mapping[str, Any]) -> solvers.Plan | adaptive.AdaptivePlan:
     """The plan of a `sample` section: {solver, num_steps (noise levels), grid, sigma_min, sigma_max, rho, order, afs,
-    parity} and the solver's own options; Heun and the stochastic solver end with a plain step to sigma = 0."""
+    parity} and the solver's own options; grid "discrete" is uniform in the time of `process`, a key of
+    schedules.PROCESSES. Heun and the stochastic solver end with a plain step to sigma = 0. {solver: dopri5, sigma_min,
+    sigma_max, rtol, atol} chooses its levels as it goes; {solver: ancestral, variance: learned} has the network's own.
+    """
     options = {key: value for key, value in sample.items() if key not in _SOLVER_FREE}
+    if options["solver"] == "dopri5":
+        options = {key: value for key, value in options.items() if key not in ("solver", *_FIXED_LEVELS)}
+        names.check_options(adaptive.make_plan, options, "sample")
+        return adaptive.make_plan(**options)
     grid, num, rho = options.pop("grid", "polynomial"), options.pop("num_steps"), options.pop("rho", 7.0)
-    sigmas = few_step.student_grid(num, options.pop("sigma_min"), options.pop("sigma_max"), grid=grid, rho=rho)
+    maps = grid_options({"grid": grid, "process": options.pop("process", "")})
+    rho = 1.0 if maps else rho
+    learned = options["solver"] == "ancestral" and options.get("variance") == "learned"
+    sigmas = few_step.student_grid(num, options.pop("sigma_min"), options.pop("sigma_max"), grid=grid, rho=rho, **maps)
+    if learned:
+        return learned_variance.make_plan(grids.append_zero(sigmas))
     return _on_levels(sigmas, options)
+
+
+def grid_options(section: Mapping[str, Any]) -> dict[str, Callable]:
+    """The maps of a grid that is uniform in the time of section["process"], {} for other grids. Raises ValueError where
+    only one of both is named."""
+    if (section.get("grid") == "discrete") != bool(section.get("process")):
+        raise ValueError(
+            f"process names the noise process in whose time the grid 'discrete' is uniform; found grid={section.get('grid')!r}"
+            f" and process={section.get('process')!r}: set both, or none"
+        )
+    if not section.get("process"):
+        return {}
+    process = schedules.named(section["process"])
+    return {"sigma_to_time": process.time, "time_to_sigma": process.level}
 
 
 def _on_levels(sigmas: np.ndarray, options: dict[str, Any]) -> solvers.Plan:
@@ -138,7 +169,16 @@ def student_plan(
     if method["name"] == "emd":
         if num != 2:
             raise ValueError(f"found num_steps={num}, and this generator makes one step, of 2 levels: leave it out")
-        return solvers.make_plan("euler", np.array([method.get("generator_sigma", 5.0), 0.0]))
+        return solvers.make_plan("euler", np.array([method.get("generator_sigma", emd.Settings.generator_sigma), 0.0]))
+    if method["name"] == "consistency":
+        middle = tuple(method.get("middle_levels", _MIDDLE))
+        if not 2 <= num <= 2 + len(middle):
+            raise ValueError(
+                f"found num_steps={num}; a consistency function starts anew at most at {middle}: take 2 for one call, "
+                "or give more of method.middle_levels"
+            )
+        ends = method.get("sigma_max", 80.0), method.get("sigma_min", 0.002)
+        return solvers.make_plan("consistency", np.array([ends[0], *middle[: num - 2], 0.0]), epsilon=ends[1])
     told = method.get("step_condition", "") or method["name"] == "amed"
     if told and num not in trained:
         raise ValueError(f"found num_steps={num}, and this student was trained for num_steps in {trained} and told so")
@@ -147,15 +187,27 @@ def student_plan(
         return amed.make_plan(amed.Settings(**own, batch_size=1, image_shape=(1,)))
     levels = {key: method[key] for key in ("grid", "rho") if key in method}
     ends = method.get("sigma_min", 0.006), method.get("sigma_max", 80.0)
+    levels |= grid_options(method)
     return few_step.student_plan(num, *ends, afs=method.get("afs", method["name"] == "sfd"), **levels)
 
 
 def trained_steps(method: Mapping[str, Any]) -> tuple[int, ...]:
     """The N of a `method` section: a number, or a list of them."""
-    if method["name"] == "emd":
+    if method["name"] in ("emd", "consistency"):
         return (2,)
     num = method["num_steps"]
     return (num,) if isinstance(num, int) else tuple(num)
+
+
+def run_sampler(model: Mapping[str, Any], data: sources.DataShape) -> Callable:
+    """What follows the plans of a `model` section's network: its own variance may be one of them."""
+    variance = networks.variance_denoiser(model, data)
+    return follow_plan if variance is None else learned_variance.make_sampler(variance)
+
+
+def sampler_for(plan: Any, sampler: Callable = follow_plan) -> Callable:
+    """What follows `plan`: `sampler`, but for adaptive plans."""
+    return adaptive.sample if isinstance(plan, adaptive.AdaptivePlan) else sampler
 
 
 def sampling_denoiser(run: Run, plan: solvers.Plan) -> Denoiser:
@@ -208,22 +260,32 @@ def draw(
     *,
     batch_size: int,
     labels: np.ndarray | None = None,
+    prompts: Sequence[str] | None = None,
+    negative_prompt: str = "",
     guidance_scale: float | None = None,
 ) -> np.ndarray:
     """Images (n, H, W, C) float32 in about [-1, 1], image i made of (seed, sample_ids[i]) alone.
 
-    labels (n,) are drawn per sample where not given. A guidance-distilled student is told the scale, others are
-    guided by two calls. Raises ValueError for guidance of a network that was trained without a null class.
+    labels (n,) are drawn per sample where not given; prompts: a text a sample, of a run whose config.data.companions
+    has a text encoder. A guidance-distilled student is told the scale, others are guided by two calls, away from the
+    null class or from negative_prompt. Latents are decoded. Raises ValueError for guidance of a network that was
+    trained without a null class, and for prompts that are missing or too many.
     """
+    beside = run_companions(run)
     cond = {} if labels is None else {"label": np.asarray(labels)}
+    texts = companions.conditions(beside, prompts, negative_prompt, len(sample_ids))
+    if beside is not None:
+        pixels = run.data.image_size * beside.autoencoder.factor
+        cond |= texts | companions.controls(run.config.model, pixels, len(sample_ids))
     told = run.config.model.get("guidance_condition", False)
     if told:
         scale = 1.0 if guidance_scale is None else guidance_scale
         cond["guidance_scale"] = np.full(len(sample_ids), scale, np.float32)
-    elif guidance_scale is not None:
+    elif guidance_scale is not None and not texts:
         check_guidance(run, guidance_scale)
     guided = guidance_scale is not None and not told
-    return generate.generate(
+    null = guidance.negative if texts else uncond(run.data.num_classes)
+    images = generate.generate(
         sampling_denoiser(run, plan),
         run.params,
         plan,
@@ -234,9 +296,18 @@ def draw(
         cond=cond,
         num_classes=run.data.num_classes or None,
         guidance_scale=guidance_scale if guided else None,
-        uncond=uncond(run.data.num_classes) if guided else None,
-        sampler=run.sampler,
+        uncond=null if guided else None,
+        sampler=sampler_for(plan, run.sampler),
     )
+    if beside is not None:
+        return beside.pictures(images)
+    return images if run.data.scale == 1 else images / np.float32(run.data.scale)
+
+
+def run_companions(run: Run) -> companions.Companions | None:
+    """The text encoder and autoencoder of a run on latents, None for one on pixels."""
+    folder = run.config.data.get("companions", "")
+    return companions.load_companions(folder) if folder else None
 
 
 def check_guidance(run: Run, guidance_scale: float) -> None:

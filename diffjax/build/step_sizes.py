@@ -45,9 +45,7 @@ def warning(
 
 def levels(settings: emd.Settings) -> np.ndarray:
     """Quantiles of the noise levels of the E-step, increasing."""
-    name, options = settings.distribution, settings.distribution_options
-    if settings.generator_distribution:
-        name, options = settings.generator_distribution, settings.generator_distribution_options
+    name, options = emd.chain_distribution(settings)
     level, randomness = noise_levels.DISTRIBUTIONS[name]
     quantiles = np.asarray(_QUANTILES)
     drawn = special.ndtri(quantiles) if randomness is jax.random.normal else quantiles

@@ -7,7 +7,7 @@ against all training images, without a network: a distance between Gaussians, an
 A config names the teacher's run; `solvers`, method -> a `sample` section without num_steps, each with and without
 the analytical first step; and `students`, method -> {"runs": folders, "num_steps": () or the N to sample at}. In a
 folder "{base}" stands for config.base, and "{seed}" for the sampling seed, so that the spread over seeds has the
-spread of training in it.
+spread of training in it. A student with "seeds" is measured for those only.
 """
 
 import json
@@ -68,6 +68,8 @@ def solver_entries(config: ConfigDict, teacher: build.Run) -> Iterable[Entry]:
 def student_entries(config: ConfigDict, teacher: build.Run, seed: int) -> Iterable[Entry]:
     """The curves of the students for one seed."""
     for method, students in config.students.items():
+        if seed not in students.get("seeds", config.seeds):
+            continue
         for folder in students.runs:
             student = build.load_run(folder_of(config, folder, seed))
             if student.config.model == teacher.config.model:
@@ -166,7 +168,8 @@ def noise(rows: Rows, data: np.ndarray, free: Iterable[str]) -> Rows:
         ours = [value for (method, _), value in spread.items() if method.removesuffix("_afs") not in free]
         relative = [value / np.mean(_values(rows, *point)) for point, value in spread.items()]
         out.append({"what": "largest standard deviation over seeds, teacher and students", "value": float(max(ours))})
-        out.append({"what": "median of standard deviation / mean over seeds, all rows", "value": float(np.median(relative))})
+        middle = float(np.median(relative))
+        out.append({"what": "median of standard deviation / mean over seeds, all rows", "value": middle})
     return out
 
 

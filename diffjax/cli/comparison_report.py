@@ -29,6 +29,11 @@ def label(method: str) -> str:
     return _LABELS.get(solver, solver) + (" + AFS" if method.endswith("_afs") else "")
 
 
+def ordered(methods: Iterable[str]) -> list[str]:
+    """Each of `methods` once, in the order of the labels, the others last: a config keeps names by the alphabet."""
+    return sorted(dict.fromkeys(methods), key=lambda name: [*_LABELS, name].index(name))
+
+
 def figure_class() -> type:
     """matplotlib's Figure. Raises ImportError where it is not installed, with what to type."""
     try:
@@ -103,9 +108,9 @@ def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
     trained = any("{seed}" in folder for students in config.students.values() for folder in students.runs)
     text = (
         f"{config.num_samples:,} samples a row, seeds {', '.join(map(str, config.seeds))}"
-        f"{' (of sampling and of the students)' if trained else ' of sampling'}; the distance is taken in pixel space against all training images (no "
-        "network, so no FID; lower is better). AFS: the first step is analytical and costs no call. SFD: one student "
-        "for each number of calls."
+        f"{' (of sampling and of the students)' if trained else ' of sampling'}; the distance is taken in pixel space "
+        "against all training images (no network, so no FID; lower is better). AFS: the first step is analytical and "
+        "costs no call. SFD: one student for each number of calls."
     )
     return [
         ("Distance against calls", f"{text}\n\n![Fréchet distance by calls](frechet_by_calls.png)"),

@@ -1,6 +1,8 @@
 """Turn a published network into a run folder, to sample from and to distil.
 
     python -m diffjax.cli.convert --kind=edm edm-cifar10-32x32-uncond-vp.pkl runs/edm_published
+    python -m diffjax.cli.convert --kind=folder sd15 runs/sd15
+    python -m diffjax.cli.convert --kind=dit DiT-XL-2-256x256.pt runs/dit --companions=sd15
 
 Arguments are the published file and the folder to make, which must not exist; diffjax.cli.sample takes it as its
 workdir, and a config of SFD as its method.teacher.
@@ -8,9 +10,19 @@ workdir, and a config of SFD as its method.teacher.
 edm: the network pickles of NVlabs/edm (DDPM++, NCSN++ and ADM; EDM, VP and VE preconditioning). A pickle can hold
 programs: nothing in it is executed, and a file that asks for it is refused.
 
+folder: a model as diffusers saves it, Stable Diffusion 1, 2, XL and 3, PixArt-alpha, DiT. The run has the denoiser's
+weights; text encoder and autoencoder stay where they are, in the folder that its config names (data.companions).
+
+dit, mdt: the authors' files of DiT and MDTv2, whose sizes are read from the shapes of the weights. --companions names
+a folder whose autoencoder, vae/, makes pictures of their latents.
+
+sd_v1, sd_v2, sdxl, ldm4g, ldm_bedroom: single files of CompVis and Stability AI. The run has the U-Net's weights, averaged
+where the file has averages; --companions as above, and for texts.
+
 With --dry_run the file is read and checked, and nothing is written.
 """
 
+import functools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -29,6 +41,7 @@ _UNFINISHED = ".unfinished"  # end of the folder's name while it is written
 def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
     absl_flags.DEFINE_string("kind", None, f"what the file is: {', '.join(KINDS)}", flag_values=values)
+    absl_flags.DEFINE_string("companions", None, "single files: folder of the autoencoder and text encoder", flag_values=values)
     absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", flag_values=values)
 
 
@@ -36,7 +49,7 @@ def main(values: absl_flags.FlagValues, file: str, folder: str) -> None:
     """Read the file, check it against our network, and write the folder."""
     convert = names.lookup(KINDS, flags.needed(values, "kind", "edm"), "--kind")
     _check_new(Path(folder))
-    config, params = convert(Path(file))
+    config, params = convert(Path(file), values.companions)
     _describe(file, config, params)
     if values.dry_run:
         print(f"{folder} was not written: leave --dry_run out to write it")
@@ -69,16 +82,70 @@ def _describe(file: str, config: dict[str, Any], params: dict[str, Any]) -> None
     )
 
 
-def _edm(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _edm(file: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     import jax
 
     from diffjax import build
     from diffjax.weights import edm_pickle
 
+    _no_companions(companions)
     network = edm_pickle.read(file)
     config = edm_pickle.sections(network)
     _, init = build.denoiser(config["model"], build.data_shape(config["data"]))
     return config, edm_pickle.to_params(network, jax.eval_shape(init, jax.random.key(0)))
+
+
+def _folder(folder: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    from diffjax import build
+
+    _no_companions(companions)
+    run = build.load_model(folder)
+    return run.config.to_dict(), run.params
+
+
+def _authors(kind: str, file: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    import jax
+
+    from diffjax import build
+    from diffjax.weights import authors, load
+
+    weights = load.read(file)
+    config = {"seed": 0, **authors.describe(kind, weights)}
+    if companions:
+        config["data"]["companions"] = companions
+    shape = build.data_shape(config["data"])
+    _, init = build.denoiser(config["model"], shape)
+    expected = jax.eval_shape(init, jax.random.key(0))
+    return config, build.read_weights(config["model"], shape, weights, expected)
+
+
+def _unet(preset: str, file: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    import jax
+
+    from diffjax import build
+    from diffjax.models import unet as networks
+    from diffjax.weights import folders, load, unet
+
+    weights = load.read(file)
+    if any(name.startswith("model_ema.") for name in weights):
+        weights = unet.averaged(weights)
+    options = dict(networks.PRESETS[preset])
+    data = {"image_size": options.pop("image_size"), "channels": options.pop("channels"), "num_classes": options.pop("num_classes", 0)}
+    options.pop("out_channels")
+    process = "ldm" if preset.startswith("ldm") else "scaled_linear"
+    model = {"name": "unet", "precondition": "eps", "process": process, **options}
+    config = {"seed": 0, "model": model, "data": {"name": "none", **data}, "method": {"name": "edm"}}
+    config["sample"] = folders.sample_section(process)
+    if companions:
+        config["data"]["companions"] = companions
+    shape = build.data_shape(config["data"])
+    expected = jax.eval_shape(build.denoiser(model, shape)[1], jax.random.key(0))
+    return config, build.read_weights(model, shape, weights, expected)
+
+
+def _no_companions(companions: str | None) -> None:
+    if companions:
+        raise ValueError("--companions is for networks on latents in a single file: leave it out")
 
 
 def write(folder: Path, config: dict[str, Any], params: dict[str, Any]) -> None:
@@ -103,7 +170,12 @@ def _unfinished(folder: Path) -> Path:
     return folder.with_name(folder.name + _UNFINISHED)
 
 
-KINDS = {"edm": _edm}
+_UNETS = ("sd_v1", "sd_v2", "sdxl", "ldm4g", "ldm_bedroom")
+KINDS = {
+    "edm": _edm, "folder": _folder,
+    **{kind: functools.partial(_authors, kind) for kind in ("dit", "mdt")},
+    **{kind: functools.partial(_unet, kind) for kind in _UNETS},
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(flags.run(__doc__, define, main, positional=POSITIONAL))

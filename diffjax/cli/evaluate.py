@@ -1,5 +1,5 @@
-"""Compare a teacher, training-free solvers and students: Frechet distance against network calls, or one-step
-generators beside each other, as config.report says ("calls" where it is absent, "one_call").
+"""Compare runs, as config.report says: "calls" (also where it is absent), a teacher, training-free solvers and students by
+Frechet distance against network calls; "one_call", one-step generators; "immiscible", assigned noise along the training.
 
     python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir=runs/quickstart
     python -m diffjax.cli.evaluate --config=configs/quick/compare_emd.py --workdir=runs/emd_digits
@@ -25,11 +25,12 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
 
 def main(values: absl_flags.FlagValues) -> None:
     """Write the comparison, or list its rows with --dry_run."""
-    from diffjax.cli import comparison, one_call
+    from diffjax.cli import comparison, immiscible, one_call
     from diffjax.core import names
 
     config = flags.needed(values, "config", "configs/quick/compare_digits.py")
-    kind = names.lookup({"calls": comparison, "one_call": one_call}, config.get("report", "calls"), "report")
+    kinds = {"calls": comparison, "one_call": one_call, "immiscible": immiscible}
+    kind = names.lookup(kinds, config.get("report", "calls"), "report")
     workdir = flags.workdir(values)
     if values.dry_run:
         for entry in kind.entries(config):

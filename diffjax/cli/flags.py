@@ -7,7 +7,7 @@ A command is a module with a docstring (its help), `define(values, argv)` that a
         sys.exit(flags.run(__doc__, define, main))
 
 A command that takes words beside flags names them in POSITIONAL, and gets them behind the flags: main(values, source,
-out) with flags.run(__doc__, define, main, positional=POSITIONAL).
+out) with flags.run(__doc__, define, main, positional=POSITIONAL). Words whose name is in brackets may be left out.
 
 Errors that diffjax (or a config) raises on purpose end the command with code 2 and their message; `--traceback` shows
 where they come from. Any other error is a bug and keeps its stack.
@@ -47,7 +47,7 @@ def run(
     message.
 
     doc: the help text. define: adds the command's flags. positional: names of the words that the command takes beside
-    its flags, all of them needed. With --print_config the command ends after the config.
+    its flags, all of them needed but those like "[FOLDER]". With --print_config the command ends after the config.
     """
     argv = list(sys.argv if argv is None else argv)
     values = absl_flags.FlagValues()
@@ -180,8 +180,9 @@ def _check_words(words: Sequence[str], positional: Sequence[str]) -> None:
     if len(words) > len(positional):
         surplus, beside = words[len(positional)], f" beside {' '.join(positional)}" if positional else ""
         raise ValueError(f"found {surplus!r}, which is no flag: flags{beside} are --NAME=VALUE, see --help")
-    if len(words) < len(positional):
-        absent = " ".join(positional[len(words) :])
+    needed_words = [name for name in positional if not name.startswith("[")]
+    if len(words) < len(needed_words):
+        absent = " ".join(needed_words[len(words) :])
         raise ValueError(f"{absent} is missing: give {' '.join(positional)} and flags --NAME=VALUE, see --help")
 
 

@@ -1,12 +1,19 @@
-"""What a config costs, or what is in a run folder.
+"""What a config costs, what is in a run folder, or what a published model consists of.
 
     python -m diffjax.cli.inspect --config=configs/edm/cifar10_ddpmpp.py
     python -m diffjax.cli.inspect --workdir=runs/digits_teacher
     python -m diffjax.cli.inspect --workdir=runs/digits_teacher --config=configs/quick/edm_digits.py
+    python -m diffjax.cli.inspect sd15
 
 --config: parameters by part, bytes of the training state, FLOPs of one training step; the data is not opened. With
---compile also the memory of the compiled step on this machine (for a large network that takes minutes).
+--compile also the memory of the compiled step on this machine (for a large network that takes minutes). A method's own
+loops, such as EMD's chain, count as one turn of theirs.
 --workdir: checkpoints, last log line, config. Both: how the run's config differs from the file.
+
+A folder, of a model as diffusers saves it: for the denoiser, text encoders and autoencoder, block by block, parameters,
+their bytes in float32, FLOPs of one image or text, and the bytes that its products and convolutions give, which a
+gradient keeps beside others. FLOPs are those of products and convolutions, 2 for a multiplication and its addition. Only the
+config files are read: the weights need not be there.
 """
 
 import datetime
@@ -21,6 +28,8 @@ from ml_collections import ConfigDict
 
 from diffjax.cli import flags
 
+POSITIONAL = ("[FOLDER]",)
+
 
 def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
@@ -29,16 +38,44 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_bool("compile", False, "compile the training step and show its memory", flag_values=values)
 
 
-def main(values: absl_flags.FlagValues) -> None:
+def main(values: absl_flags.FlagValues, folder: str = "") -> None:
     """Print what was asked for."""
-    if values.config is None and not values.workdir:
-        raise ValueError("give --config=configs/quick/edm_digits.py, --workdir=runs/digits_teacher, or both")
-    if values.workdir:
-        for line in run_lines(flags.run_folder(values), values.config):
-            print(line)
+    if folder and (values.config is not None or values.workdir):
+        raise ValueError(f"found the folder {folder} beside --config or --workdir: give it alone")
+    if folder:
+        lines = model_lines(Path(folder))
+    elif values.workdir:
+        lines = run_lines(flags.run_folder(values), values.config)
+    elif values.config is not None:
+        lines = config_lines(values.config, values.compile)
     else:
-        for line in config_lines(values.config, values.compile):
-            print(line)
+        raise ValueError(
+            "give --config=configs/quick/edm_digits.py, --workdir=runs/digits_teacher, or both, or the folder of a "
+            "published model"
+        )
+    for line in lines:
+        print(line)
+
+
+def model_lines(folder: Path) -> Iterable[str]:
+    """A table for each network of a model as diffusers saves it. Raises as `build.sizes.model_parts`."""
+    from diffjax.build import sizes
+
+    for part in sizes.model_parts(folder):
+        yield f"{part.name} ({part.source}): FLOPs for {part.inputs}"
+        yield _row("", "parameters", "float32", "GFLOPs", "results")
+        for block in part.blocks:
+            yield _size_row(block.name if block.repeats == 1 else f"{block.name} ({block.repeats} equal)", block)
+        yield _size_row("all", sizes.total(part))
+
+
+def _size_row(name: str, block: Any) -> str:
+    weights, results = _bytes(4 * block.parameters), _bytes(block.result_bytes)
+    return _row(name, f"{block.parameters:,}", weights, f"{block.flops / 1e9:,.2f}", results)
+
+
+def _row(name: str, *columns: str) -> str:
+    return f"  {name:24s}" + "".join(f"{column:>15s}" for column in columns)
 
 
 def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
@@ -47,6 +84,7 @@ def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
 
     from diffjax import build
     from diffjax.core import trees
+    from diffjax.nn import stack
 
     with tempfile.TemporaryDirectory() as folder:
         experiment = build.experiment(with_blank_data(build.resolve(config), Path(folder)))
@@ -59,12 +97,12 @@ def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
         yield f"state             {_bytes(_size(state))} (parameters, optimiser, average)"
         for name, leaf in batch.items():
             yield f"batch             {name} {leaf.dtype}{list(leaf.shape)}"
-        lowered = jax.jit(experiment.step).lower(state, experiment.frozen, batch)
+        # a function of its own, since JAX remembers traces: the count needs equal blocks one by one, not in a loop
+        with stack.unrolled():
+            lowered = jax.jit(lambda *arguments: experiment.step(*arguments)).lower(state, experiment.frozen, batch)
         yield f"training step     {_flops(lowered)} for {experiment.batch_size:,} images"
         if compiled:
-            program = lowered.compile()
-            memory = program.memory_analysis()
-            yield f"compiled step     {_flops(program)}"
+            memory = jax.jit(experiment.step).lower(state, experiment.frozen, batch).compile().memory_analysis()
             yield f"memory            {_bytes(memory.argument_size_in_bytes)} arguments, {_bytes(memory.temp_size_in_bytes)} work"
 
 
@@ -98,21 +136,33 @@ def run_lines(workdir: Path, config: ConfigDict | None = None) -> Iterable[str]:
 
 
 def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
-    """The config with black images in place of its data, so that its cost shows where the data is not."""
+    """The config with black images, or empty prompts, in place of its data, so that its cost shows where the data is not.
+    Its companions are needed."""
     import numpy as np
 
     from diffjax import build
+    from diffjax.build import companions
     from diffjax.data import sources
 
     if config.get("data", {}).get("name") not in sources.SOURCES or "train" not in config:
         return config  # no data to replace, or a mistake that building it will name
-    shape, count = build.data_shape(config.data), config.train.batch_size
-    path = folder / "blank.npz"
-    labels = {"labels": np.zeros(count, np.int32)} if shape.num_classes else {}
-    np.savez_compressed(path, images=np.zeros((count, *shape.shape), np.uint8), **labels)
-    kept = ("image_size", "channels", "num_classes", "null_class", "flip", "augment_probability")
-    blank = ConfigDict(config.to_dict())
-    blank.data = {key: config.data[key] for key in kept if key in config.data} | {"name": "arrays", "path": str(path)}
+    kept = ("image_size", "channels", "num_classes", "null_class", "flip", "augment_probability", "companions")
+    blank, count = ConfigDict(config.to_dict()), config.train.batch_size
+    blank.data = {key: config.data[key] for key in kept if key in config.data}
+    if config.data.name == "prompts":
+        (folder / "blank.txt").write_text("a\n" * count)
+        blank.data.update({"name": "prompts", "path": str(folder / "blank.txt")})
+        return blank
+    shape = build.data_shape(config.data).shape
+    if config.data.get("companions"):
+        vae = companions.load_companions(config.data.companions).autoencoder
+        shape = (shape[0] * vae.factor, shape[1] * vae.factor, vae.channels)
+    labels = {"labels": np.zeros(count, np.int32)} if config.data.get("num_classes") or config.data.get("captions") else {}
+    np.savez_compressed(folder / "blank.npz", images=np.zeros((count, *shape), np.uint8), **labels)
+    blank.data.update({"name": "arrays", "path": str(folder / "blank.npz")})
+    if config.data.get("captions"):
+        (folder / "blank.txt").write_text("a\n")
+        blank.data.captions = str(folder / "blank.txt")
     return blank
 
 
@@ -139,4 +189,4 @@ def _bytes(number: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(__doc__, define, main))
+    sys.exit(flags.run(__doc__, define, main, positional=POSITIONAL))

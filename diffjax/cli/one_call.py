@@ -2,7 +2,7 @@
 
 A teacher and its generators sample from the same seeds; every row of the table `one_call` is (method, seed,
 frechet_distance, recall, precision) in pixel space, against all training images. A config names the teacher's run and
-`students` as in `comparison`; a student with "seeds" is measured for those only.
+`students` as in `comparison`.
 
 `cost` is the compiler's: the floating-point operations of one training iteration in forward passes of the network on
 the same batch, loops unrolled (a loop's body is counted once), and the peak of the memory the iteration works in.
@@ -10,7 +10,7 @@ the same batch, loops unrolled (a loop's body is counted once), and the peak of 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from diffjax.sampling import generate
 def entries(config: ConfigDict) -> list[comparison.Entry]:
     """The teacher and the generators of the first seed."""
     teacher = build.load_run(comparison.folder_of(config, config.teacher, 0))
-    return [_teacher_entry(config, teacher), *_of_seed(config, teacher, config.seeds[0])]
+    return [_teacher_entry(config, teacher), *comparison.student_entries(config, teacher, config.seeds[0])]
 
 
 def _teacher_entry(config: ConfigDict, teacher: build.Run) -> comparison.Entry:
@@ -37,22 +37,15 @@ def _teacher_entry(config: ConfigDict, teacher: build.Run) -> comparison.Entry:
     return comparison.Entry(config.teacher_method, teacher, {plan.nfe: plan})
 
 
-def _of_seed(config: ConfigDict, teacher: build.Run, seed: int) -> Iterable[comparison.Entry]:
-    chosen = ConfigDict(config.to_dict())
-    chosen.students = {
-        method: student for method, student in config.students.items() if seed in student.get("seeds", config.seeds)
-    }
-    return comparison.student_entries(chosen, teacher, seed)
-
-
-def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, dict[str, np.ndarray]]:
-    """Rows of the table `one_call`, and the first images of each method at the first seed."""
+def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, dict[str, np.ndarray], np.ndarray]:
+    """Rows of the table `one_call`, the first images of each method at the first seed, and the data."""
     teacher = build.load_run(comparison.folder_of(config, config.teacher, 0))
-    data = np.asarray(transforms.to_float(build.all_images(teacher.config.data)))
-    reference, real = fid.pixel_statistics(data), data.reshape(len(data), -1)
+    data = build.all_images(teacher.config.data)
+    reference = fid.pixel_statistics(data)
+    real = np.asarray(transforms.to_float(data)).reshape(len(data), -1)
     rows, pictures = [], {}
     for seed in config.seeds:
-        for entry in (_teacher_entry(config, teacher), *_of_seed(config, teacher, seed)):
+        for entry in (_teacher_entry(config, teacher), *comparison.student_entries(config, teacher, seed)):
             (nfe, plan), *_ = entry.plans.items()
             progress(f"seed {seed}: {entry.method}")
             samples = build.draw(entry.run, plan, seed, range(config.num_samples), batch_size=config.batch_size)
@@ -70,7 +63,7 @@ def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, 
                 }
             )
             pictures.setdefault(entry.method, np.asarray(generate.to_uint8(samples[: config.grid_columns])))
-    return rows, pictures
+    return rows, pictures, data
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -79,7 +72,7 @@ def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, 
 def means(rows: Rows) -> Rows:
     """One row a method: mean over the seeds, and lowest and highest distance."""
     out = []
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in comparison_report.ordered(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
         distances = [row["frechet_distance"] for row in own]
         out.append(
@@ -115,18 +108,21 @@ def cost(config: ConfigDict, progress: Callable[[str], None]) -> Rows:
 def draw_plot(rows: Rows, path: Path) -> None:
     """Distance and recall of each method, one point a seed, as a PNG."""
     figure_class = comparison_report.figure_class()
-    methods = list(dict.fromkeys(row["method"] for row in rows))
+    from matplotlib import ticker
+
+    methods = comparison_report.ordered(row["method"] for row in rows)
     figure = figure_class(figsize=(8.5, 3.8), dpi=130, layout="constrained")
-    for axes, (key, title) in zip(
-        figure.subplots(1, 2), (("frechet_distance", "Fréchet distance in pixel space"), ("recall", "recall")), strict=True
-    ):
+    titles = {"frechet_distance": "Fréchet distance in pixel space", "recall": "recall"}
+    for axes, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for row in rows:
             axes.plot(row[key], methods.index(row["method"]), "k*" if row["nfe"] > 1 else "ro", markersize=6, alpha=0.7)
         axes.set_yticks(range(len(methods)), [comparison_report.label(method) for method in methods])
         axes.invert_yaxis()
         axes.set_xlabel(title)
         axes.grid(alpha=0.3)
-    figure.axes[0].set_xscale("log")
+    figure.axes[0].set_xscale("log", subs=())
+    figure.axes[0].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    figure.axes[0].xaxis.set_major_formatter("{x:g}")
     figure.axes[1].set_yticklabels([])
     figure.savefig(path)
 
@@ -160,15 +156,16 @@ def compare(
     start = time.perf_counter()
     training = comparison.cost(config)  # first: it knows at once which runs are not finished
     curves = gradient_curves(config)
-    rows, pictures = measure(config, progress)
+    rows, pictures, data = measure(config, progress)
     workdir.mkdir(parents=True, exist_ok=True)
     draw_plot(rows, workdir / "one_call.png")
     draw_gradients(curves, workdir / "gradient_norms.png")
-    named = {comparison_report.label(method): images for method, images in pictures.items()}
+    named = {comparison_report.label(method): pictures[method] for method in comparison_report.ordered(pictures)}
     size = next(iter(pictures.values())).shape[1]
     image_files.save_png(workdir / "samples.png", image_files.labelled_rows(named, scale=max(1, 48 // size)))
     tables = {
         "means": means(rows),
+        "noise": comparison.noise(rows, data, ()),
         "cost": cost(config, progress),
         "training": training,
         "evaluation": [{"seconds": time.perf_counter() - start, "samples_per_row": config.num_samples}],
@@ -183,12 +180,13 @@ def compare(
 def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
     """Headings and Markdown of the report, which place its tables."""
     text = (
-        f"{config.num_samples:,} samples a row, seeds {', '.join(map(str, config.seeds))} (of sampling and of training); "
-        "the distance is taken in pixel space against all training images (no network, so no FID; lower is better). "
+        f"{config.num_samples:,} samples a row, seeds {', '.join(map(str, config.seeds))} (of sampling and of training); the "
+        "distance is taken in pixel space against all training images (no network, so no FID; lower is better). "
         f"Recall and precision: {config.neighbours} nearest neighbours in pixel space, as many samples as images."
     )
     return [
         ("Distance and recall", f"{text}\n\n![Distance and recall by method](one_call.png)\n\n<!-- table: means -->"),
+        ("Noise of these figures", "<!-- table: noise -->"),
         ("Samples from the same seeds", "Every column has the same noise and class.\n\n![samples](samples.png)"),
         (
             "Noise cancellation",
@@ -198,9 +196,8 @@ def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
         (
             "Cost of an iteration",
             "flops_ratio: in forward passes on the same batch. With K steps EMD makes 4 for each update of the student "
-            "score and 3 + 4 K, Diff-Instruct 3 + 2; less where what a network makes of level and class, the same along a "
-            "chain, is much of its work, since that is computed once.\n\n"
-            "<!-- table: cost -->",
+            "score and 3 + 4 K, Diff-Instruct 3 + 2; less where what a network makes of level and class, the same along "
+            "a chain, is much of its work, since that is computed once.\n\n<!-- table: cost -->",
         ),
         ("Training", "<!-- table: training -->"),
         ("Reproduce", "```bash\n" + "\n".join(commands) + "\n```"),

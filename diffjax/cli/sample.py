@@ -3,10 +3,13 @@
     python -m diffjax.cli.sample --workdir=runs/digits_teacher --seeds=0-63 --out=runs/digits_samples
     python -m diffjax.cli.sample --workdir=runs/digits_teacher --seeds=0,5,7 --labels=3 --solver=dpmpp --num_steps=8 \
         --out=runs/digits_threes
+    python -m diffjax.cli.sample --model=sd15 --prompt="a red fox in the snow" --guidance_scale=7.5 --seeds=0-3 --out=runs/fox
     python -m diffjax.cli.sample --mode=correct --workdir=runs/emd_digits/seed_0/emd_16 --seeds=0-15 --out=runs/corrected
 
 Image i depends on its seed alone, not on the others. Without --solver and the flags behind it, a run samples with the
-section `sample` of its config, an SFD student as it was trained. OUT gets samples.png, samples.npz (images, uint8
+section `sample` of its config, an SFD student as it was trained. --model takes a published model in the place of a run:
+a folder as diffusers saves it, on this machine. --prompt is one text for all images, --prompts a file with one a line,
+seeds[i] with line i. OUT gets samples.png, samples.npz (images, uint8
 (n, H, W, C); seeds; labels where given) and sample.json, and must not hold them already.
 
 --mode=correct shows what the Langevin chain of a run of EMD does to its generator's samples: its arrays are before and
@@ -39,6 +42,11 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
     common = {"flag_values": values}
     flags.define_workdir(values, "folder of a trained run")
+    absl_flags.DEFINE_string("model", None, "folder of a published model, in place of --workdir", **common)
+    absl_flags.DEFINE_string("prompt", None, "text that the images show", **common)
+    absl_flags.DEFINE_string("prompts", None, "file of texts, one a line and an image", **common)
+    absl_flags.DEFINE_string("negative_prompt", "", "text that guidance leads away from", **common)
+    absl_flags.DEFINE_string("compute_dtype", None, "--model: type of the network's products, bfloat16 or float32", **common)
     absl_flags.DEFINE_string("out", None, "folder for the images", **common)
     absl_flags.DEFINE_string("seeds", "0-63", "seeds, one an image: 0-63, or 0,5,7, or both", **common)
     absl_flags.DEFINE_integer("seed", 0, "seed of the whole set; image i is made of it and of seeds[i]", **common)
@@ -63,7 +71,11 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
 
 def main(values: absl_flags.FlagValues) -> None:
     """Sample, and write the files."""
-    workdir = flags.run_folder(values)
+    if values.model and values.workdir:
+        raise ValueError("found --model and --workdir: give one of them")
+    if values.model and values.mode != "draw":
+        raise ValueError(f"--mode={values.mode} takes a run of EMD: give --workdir in place of --model")
+    workdir = Path(values.model) if values.model else flags.run_folder(values)
     out = Path(flags.needed(values, "out", "runs/samples"))
     taken = [str(out / name) for name in _FILES if (out / name).exists()]
     if taken:
@@ -105,10 +117,18 @@ def _sample(
     from diffjax.runtime import images
     from diffjax.sampling import generate
 
-    run = build.load_run(workdir)
+    prompts = _prompts(values, len(seeds))
+    if values.model:
+        changes = {} if values.compute_dtype is None else {"compute_dtype": values.compute_dtype}
+        run = build.load_model(workdir, **changes)
+    else:
+        run = build.load_run(workdir)
     _check_labels(labels, run.data.num_classes)
     plan = build.run_plan(run, **{name: values[name].value for name in _PLAN if values[name].value is not None})
-    calls = plan.nfe * (1 if values.guidance_scale in (None, 1.0) else 2)
+    if warning := build.assignment_warning(run.config, plan):
+        print(warning, file=sys.stderr)
+    guided = values.guidance_scale not in (None, 1.0)
+    calls = "adaptively many" if plan.nfe is None else plan.nfe * (1 + guided)
     print(f"{workdir}, step {run.step:,}: {len(seeds)} images of {run.data.shape}, {calls} network calls each")
     if values.dry_run:
         print("nothing was written: leave --dry_run out to sample")
@@ -120,11 +140,27 @@ def _sample(
         seeds,
         batch_size=min(values.batch_size, len(seeds)),
         labels=None if labels is None else np.asarray(labels, np.int32),
+        prompts=prompts,
+        negative_prompt=values.negative_prompt,
         guidance_scale=values.guidance_scale,
     )
     pictures = np.asarray(generate.to_uint8(drawn))
     facts = {"workdir": str(workdir), "step": run.step, "seed": values.seed, "calls": calls}
+    if prompts is not None:
+        facts |= {"prompts": prompts, "negative_prompt": values.negative_prompt, "guidance_scale": values.guidance_scale}
     _write(out, images.grid(pictures), {"images": pictures}, seeds, labels, facts)
+
+
+def _prompts(values: absl_flags.FlagValues, count: int) -> list[str] | None:
+    """A text for each of `count` images, None without flags. Raises ValueError for another number of them."""
+    if values.prompt is not None and values.prompts is not None:
+        raise ValueError("found --prompt and --prompts: give one of them")
+    if values.prompts is None:
+        return None if values.prompt is None else [values.prompt] * count
+    lines = Path(values.prompts).read_text(encoding="utf-8").splitlines()
+    if len(lines) != count:
+        raise ValueError(f"--prompts={values.prompts} has {len(lines)} lines for {count} seeds: give one for each")
+    return lines
 
 
 def _correct(
@@ -132,7 +168,7 @@ def _correct(
 ) -> None:
     import numpy as np
 
-    from diffjax.build import correction
+    from diffjax.build import correction, emd_parts
     from diffjax.runtime import images
     from diffjax.sampling import generate
 
@@ -140,7 +176,7 @@ def _correct(
     _check_labels(labels, run.data.num_classes)
     steps = 300 if values.langevin_steps is None else values.langevin_steps
     sigma = 1.0 if values.sigma is None else values.sigma
-    rates = correction.step_sizes(run, values.noise_step, values.latent_step)
+    rates = emd_parts.step_sizes(run.config.method, values.noise_step, values.latent_step)
     facts = {"workdir": str(workdir), "step": run.step, "seed": values.seed, "scheme": correction.scheme(run)}
     facts |= {"langevin_steps": steps, "sigma": sigma, "noise_step": rates.noise, "latent_step": rates.latent}
     print(f"{workdir}, step {run.step:,}: {len(seeds)} images of {run.data.shape}, {steps} steps of {facts['scheme']} each")

@@ -1,4 +1,4 @@
-"""Per-sample numbers against batches."""
+"""Per-sample numbers and batches."""
 
 import jax.numpy as jnp
 
@@ -16,3 +16,8 @@ def per_sample(values: Array, x: Array) -> Array:
     if values.shape != x.shape[:1]:
         raise ValueError(f"expected one number or one per sample, shape {x.shape[:1]}, found {values.shape}")
     return values.reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def squared_norm(x: Array) -> Array:
+    """Squared L2 norm of each sample of `x` (B, ...): (B,)."""
+    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))

@@ -17,6 +17,7 @@ made one after the other, so that a batch split over devices stays where it is a
 -1.0
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -26,21 +27,42 @@ from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Cond, Denoiser, Key, Params
 
 Uncond = Callable[[Cond], Cond]
+Scale = Array | float | Callable[[Array], Array]
 
 
-def cfg(denoise: Denoiser, guidance_scale: Array | float, uncond: Uncond | None) -> Denoiser:
+def cfg(denoise: Denoiser, guidance_scale: Scale, uncond: Uncond | None, channels: int = 0) -> Denoiser:
     """Classifier-free guidance (1) at every noise level. Ho 2022, eq. 6 with w = 1 for no guidance.
 
-    `guidance_scale` scalar or (B,); `uncond` makes the unconditional condition of the conditional one, as `null_label`.
-    Raises ValueError where `uncond` is None.
+    `guidance_scale` scalar, (B,), or a function of sigma that gives one; `uncond` makes the unconditional condition of
+    the conditional one, as `null_label`. channels: how many of the last axis are guided, from the first on; 0 = all.
+    Published samples of DiT, MDT and PixArt guide 3 of their 4 latent channels. Raises ValueError where `uncond` is
+    None, or where there are fewer channels.
     """
     uncond = _checked(uncond)
 
     def guided(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
         conditional = denoise(params, x, sigma, cond, key)
-        return _extrapolate(conditional, denoise(params, x, sigma, uncond(cond), key), guidance_scale)
+        scale = guidance_scale(sigma) if callable(guidance_scale) else guidance_scale
+        extrapolated = _extrapolate(conditional, denoise(params, x, sigma, uncond(cond), key), scale)
+        if not channels:
+            return extrapolated
+        if not 0 < channels <= conditional.shape[-1]:
+            raise ValueError(f"found channels={channels}, expected 0 (all) to {conditional.shape[-1]}")
+        return jnp.concatenate([extrapolated[..., :channels], conditional[..., channels:]], axis=-1)
 
     return guided
+
+
+def power_cosine(u: Array | float, guidance_scale: Array | float, power: Array | float = 4.0) -> Array:
+    """1 at pure noise (u = 1) rising to `guidance_scale` at u = 0, the later the larger `power` is. Gao 2023's code.
+
+        w(u) = 1 + (w0 - 1) (1 - cos(pi (1 - u)^power)) / 2                                           (2)
+
+    MDTv2 takes u = t / 1000 of the index t, w0 = 3.8 and power 4. In `cfg`, with a function that gives u of sigma:
+
+        cfg(denoise, lambda sigma: power_cosine(u_of(sigma), 3.8), uncond)
+    """
+    return 1 + (guidance_scale - 1) * (1 - jnp.cos(math.pi * (1 - u) ** power)) / 2
 
 
 def interval(
@@ -82,6 +104,20 @@ def null_label(cond: Cond | None, num_classes: int | None) -> Cond:
     if cond is None or cond.get("label") is None:
         raise ValueError(f"guidance needs cond['label'] to replace, found {sorted(cond or {})}")
     return {**cond, "label": jnp.full_like(cond["label"], num_classes)}
+
+
+def negative(cond: Cond | None) -> Cond:
+    """`cond` with each condition "negative_<name>" in the place of <name>: the text that samples are led away from.
+
+    Raises ValueError where there is none.
+    """
+    found = {name.removeprefix(_NEGATIVE): value for name, value in (cond or {}).items() if name.startswith(_NEGATIVE)}
+    if not found:
+        raise ValueError(f"guidance of texts needs cond['negative_text'], found {sorted(cond or {})}")
+    return {**cond, **found}
+
+
+_NEGATIVE = "negative_"
 
 
 def dynamic_threshold(data: Array, quantile: float = 0.995) -> Array:

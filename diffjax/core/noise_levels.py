@@ -7,6 +7,7 @@ compared with other code number by number; `draw` makes them from a key. All ret
     vp          t of the VP process uniform in (epsilon_t, 1]              Karras 2022, table 1
     ve          log sigma uniform                                          Karras 2022, table 1
     polynomial  sigma^(1/rho) uniform, as the sampling grid has it         Karras 2022, eq. 5; Yin 2024 (DMD)
+    discrete    a level of a trained table, each as often              Ho 2020, algorithm 1
     logit_normal, uniform_flow   t of the straight flow, sigma = t / (1 - t)    Esser 2024, section 3.1
 """
 
@@ -14,6 +15,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.core import names, schedules
 from diffjax.core.types import Array, Key
@@ -53,6 +55,14 @@ def uniform_flow(uniform: Array, epsilon: float = 1e-4) -> Array:
     return schedules.Flow().level(epsilon + uniform * (1 - 2 * epsilon))
 
 
+def discrete(uniform: Array, process: str = "linear") -> Array:
+    """One of the T levels of a table of `schedules.PROCESSES`, T u rounded down."""
+    schedule = schedules.table(process)
+    levels = schedule.level(np.arange(1, schedule.num + 1) / schedule.num)
+    index = jnp.minimum(jnp.floor(uniform * schedule.num), schedule.num - 1).astype(jnp.int32)
+    return jnp.asarray(levels, uniform.dtype)[index]
+
+
 # name -> (draw from unit randomness, that randomness)
 DISTRIBUTIONS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
     "lognormal": (lognormal, jax.random.normal),
@@ -61,6 +71,7 @@ DISTRIBUTIONS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
     "polynomial": (polynomial, jax.random.uniform),
     "logit_normal": (logit_normal, jax.random.normal),
     "uniform_flow": (uniform_flow, jax.random.uniform),
+    "discrete": (discrete, jax.random.uniform),
 }
 
 

@@ -101,6 +101,20 @@ def edm_denoiser(network: Network, sigma_data: float = 0.5) -> Denoiser:
     return _preconditioned(network, coefficients)
 
 
+def consistency_function(network: Network, sigma_data: float = 0.5, epsilon: float = 0.002) -> Denoiser:
+    """(2) with f(x, epsilon) = x exactly: sigma - epsilon in the place of sigma in c_skip and in c_out's numerator.
+
+    Song 2023 (consistency models), appendix C. epsilon is the smallest level.
+    """
+
+    def coefficients(sigma: Array) -> tuple[Array, ...]:
+        root = jnp.sqrt(sigma**2 + sigma_data**2)
+        above = sigma - epsilon
+        return sigma_data**2 / (above**2 + sigma_data**2), above * sigma_data / root, 1 / root, jnp.log(sigma) / 4
+
+    return _preconditioned(network, coefficients)
+
+
 def vp_denoiser(network: Network, beta_d: float = 19.9, beta_min: float = 0.1, num_levels: int = 1000) -> Denoiser:
     """(2) for networks of the VP process with linear beta: c_noise = (M-1) t(sigma). Karras 2022, table 1."""
 

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.core import names
 from diffjax.core.types import Array
 
 
@@ -299,6 +300,30 @@ def cosine(num: int = 1000, offset: float = 0.008, beta_max: float = 0.999) -> n
     """alpha_bar (num,) of the cosine table, betas cut at beta_max, float64. Nichol & Dhariwal 2021, eq. 17."""
     wave = np.cos((np.arange(num + 1) / num + offset) / (1 + offset) * np.pi / 2) ** 2
     return np.cumprod(1 - np.minimum(1 - wave[1:] / wave[:-1], beta_max))
+
+
+# as configs name them; scaled_linear is Stable Diffusion's
+PROCESSES: dict[str, Callable[[], Schedule]] = {
+    "linear": lambda: Discrete(linear()),
+    "scaled_linear": lambda: Discrete(scaled_linear(0.00085, 0.012)),
+    "cosine": lambda: Discrete(cosine()),
+    "flow": Flow,
+    "ldm": lambda: Discrete(scaled_linear(0.0015, 0.0195)),  # Rombach 2022, released configs
+    "sd3": lambda: Shifted(Flow(), 3.0),  # the grid that Esser 2024's release samples on
+}
+
+
+def named(name: str) -> Schedule:
+    """The process of PROCESSES called `name`. Raises ValueError for an unknown one."""
+    return names.lookup(PROCESSES, name, "process")()
+
+
+def table(name: str) -> Discrete:
+    """The same where it must be a table of levels. Raises ValueError for one that is not."""
+    schedule = named(name)
+    if not isinstance(schedule, Discrete):
+        raise ValueError(f"process {name!r} has no table of levels: take linear, scaled_linear or cosine")
+    return schedule
 
 
 def _array(x: Any) -> tuple[Array, ModuleType]:

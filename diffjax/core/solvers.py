@@ -20,6 +20,8 @@ calls is the number of rows, and changing the noise levels changes numbers only,
     dpmpp = dpmpp_data, dpmpp_noise   Lu 2022 (DPM-Solver++)                 orders 1-3, one call per step
     unipc                    Zhao 2023 (UniPC), algorithms 1 and 2           orders 1-3, one call per step
     edm_stochastic           Karras 2022, algorithm 2                        Heun with added noise
+    consistency              Song 2023 (consistency models), algorithm 1     noise again after each denoised image
+    ancestral                Ho 2020 (DDPM), algorithm 2; Song 2021 (DDIM)   noise after each step, one call per step
 
 >>> from diffjax.core import grids, solvers
 >>> solvers.make_plan("dpmpp", grids.polynomial(4, 0.006, 80.0), afs=True).nfe
@@ -111,7 +113,8 @@ def make_plan(
     parity   the coefficients of the released code of Zhou 2024 where they differ from the right ones
     afs      analytic first step: D(x, t_0) = x (1 - t_0 / sqrt(1 + t_0^2)) without a call. Dockhorn 2022
     options  dpmpp and unipc: form ("data", "noise"), lower_order_final (True); unipc: variant ("bh2", "bh1");
-             dpm2s: r (0.5); edm_stochastic: s_churn, s_min, s_max, s_noise
+             dpm2s: r (0.5); edm_stochastic: s_churn, s_min, s_max, s_noise; ancestral: eta (1), variance ("small");
+             consistency: epsilon (0.002)
 
     Raises ValueError for an unknown solver or option, levels that are not finite, negative or not strictly decreasing,
     an order the solver does not have, and a last level of 0 where the solver has no limit there; TooFewSteps, a
@@ -135,7 +138,7 @@ def make_plan(
     if plan.nfe < 1:
         raise TooFewSteps("the analytic first step alone makes no network call: give at least 3 sigmas or afs=False")
     if afs and rows.noise is not None:
-        raise ValueError("afs replaces the first call of a deterministic solver; edm_stochastic adds noise before it")
+        raise ValueError(f"afs replaces the first call of a deterministic solver; {solver} adds noise between its calls")
     return plan
 
 
@@ -229,6 +232,40 @@ def _edm_stochastic(
     return rows._replace(noise=noise)
 
 
+def _ancestral(t: np.ndarray, eta: float = 1.0, variance: str = "small") -> Rows:
+    """x' = D + (down / t) (x - D) + s eps, down^2 = t'^2 - s^2, down to a last level of 0.
+
+    s = eta t' sqrt(1 - (t'/t)^2): 1 is DDPM with the posterior's variance, 0 DDIM. Song 2021 (DDIM), eq. 16. With
+    variance "large" that of the forward process is added in the place of the posterior's ("fixed large", Ho 2020,
+    section 3.2; eta = 1 only), from the same mean.
+    """
+    if t[-1] != 0:
+        raise ValueError(f"ancestral adds noise after each step but one that ends at level 0: found {t[-1]}; append 0")
+    if not 0 <= eta <= 1 or variance not in ("small", "large") or (variance == "large" and eta != 1):
+        raise ValueError(
+            f"ancestral: found eta={eta} and variance={variance!r}; expected eta in [0, 1] with 'small', eta=1 with 'large'"
+        )
+    start, end = t[:-1], t[1:]
+    added = eta * end * np.sqrt(1 - (end / start) ** 2)
+    ratio = np.sqrt(end**2 - added**2) / start
+    if variance == "large":
+        added = np.sqrt((start**2 - end**2) * (1 + end**2) / (1 + start**2)) * (end > 0)
+    advance = np.stack([np.zeros_like(start), ratio, 1 - ratio], axis=1)
+    # the noise of a step is added before the next call; the last has none
+    noise = np.concatenate([[0.0], added[:-1]])
+    return Rows(levels=start, advance=advance, steps=tuple(range(1, len(t))), form="data", noise=noise)
+
+
+def _consistency(t: np.ndarray, epsilon: float = 0.002) -> Rows:
+    """x' = f(x, t), the end of the trajectory; then sqrt(t'^2 - epsilon^2) of noise before the next call. Ends at 0."""
+    if t[-1] != 0 or not np.all(t[:-1] > epsilon):
+        raise ValueError(f"consistency steps start above epsilon={epsilon} and end at level 0, found {t.tolist()}")
+    start = t[:-1]
+    advance = np.tile([0.0, 0.0, 1.0], (len(start), 1))
+    noise = np.concatenate([[0.0], np.sqrt(start[1:] ** 2 - epsilon**2)])
+    return Rows(levels=start, advance=advance, steps=tuple(range(1, len(t))), form="data", noise=noise)
+
+
 def _edm(t: np.ndarray, start: np.ndarray) -> Rows:
     """Heun steps from `start` (n,) to t[1:]; the last one is plain where it ends at 0."""
     h = t[1:] - start
@@ -275,6 +312,8 @@ SOLVERS: dict[str, tuple[Callable[..., Rows], tuple[int, ...], bool]] = {
     "dpmpp_noise": (functools.partial(_dpmpp, form="noise"), (1, 2, 3), True),
     "unipc": (_unipc, (1, 2, 3), True),
     "edm_stochastic": (_edm_stochastic, (2,), False),
+    "ancestral": (_ancestral, (1,), False),
+    "consistency": (_consistency, (1,), False),
 }
 
 

@@ -5,6 +5,7 @@ with a dict checks no shapes, so every tree that comes from outside (a checkpoin
 goes through `check` before it is used.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,7 +54,11 @@ def check(expected: Any, found: Any, what: str) -> None:
 
     `what` begins the message: "the checkpoint runs/demo/checkpoints/200".
     """
-    lines = compare(expected, found)
+    report(compare(expected, found), what)
+
+
+def report(lines: Sequence[str], what: str) -> None:
+    """Raise ValueError with differences found in `what`, the first 20, where there are any."""
     if lines:
         more = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         listing = "\n  ".join(lines[:_SHOWN])

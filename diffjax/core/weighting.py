@@ -28,6 +28,16 @@ def eps(sigma: Array) -> Array:
     return 1 / sigma**2
 
 
+def v(sigma: Array) -> Array:
+    """1 + 1 / sigma^2: the squared error of v = alpha eps - sigma_t x0. Salimans & Ho 2022, section 4 (SNR + 1)."""
+    return 1 + 1 / sigma**2
+
+
+def velocity(sigma: Array) -> Array:
+    """(1 + 1 / sigma)^2: the squared error of the straight flow's velocity eps - x0. Lipman 2023, Liu 2023."""
+    return (1 + 1 / sigma) ** 2
+
+
 def min_snr(sigma: Array, gamma: float = 5.0) -> Array:
     """min(SNR, gamma). Hang 2023 (Min-SNR), their weight for x0 prediction."""
     return jnp.minimum(1 / sigma**2, gamma)
@@ -44,8 +54,8 @@ def sigmoid(sigma: Array, bias: float = 0.0) -> Array:
 
 
 WEIGHTINGS: dict[str, Callable[..., Array]] = {
-    "unit": unit, "edm": edm, "eps": eps, "min_snr": min_snr, "truncated_snr": truncated_snr,
-    "sigmoid": sigmoid,
+    "unit": unit, "edm": edm, "eps": eps, "v": v, "velocity": velocity, "min_snr": min_snr,
+    "truncated_snr": truncated_snr, "sigmoid": sigmoid,
 }  # fmt: skip
 
 

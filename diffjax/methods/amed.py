@@ -112,7 +112,7 @@ def make(
     grid_options: dict[str, Any] | None = None,
     batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Method:
-    """AMED as a Method: frozen = the network's parameters, batch is not looked at, state is an AmedState.
+    """AMED as a Method: frozen = the network's parameters, batch has texts or nothing, state is an AmedState.
 
     `features` and `predict` are those of `amed_sampler`; `init` takes the predictor's parameters. `optimizer` has no
     learning rate of its own (optax.scale_by_adam()); `learning_rate` maps the iteration to it. `grid_options` are the
@@ -129,8 +129,7 @@ def make(
     def step(
         state: AmedState, frozen: Params, batch: Batch, key: Key, iteration: Array
     ) -> tuple[AmedState, Metrics]:
-        del batch  # AMED is data-free
-        noise, cond = from_noise.draw(settings, key)
+        noise, cond = from_noise.draw(settings, key, batch)
         if batch_sharding is not None:
             noise, cond = jax.lax.with_sharding_constraint((noise, cond), batch_sharding)
         rate = learning_rate(iteration)

@@ -20,10 +20,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffjax.core import noise_levels, trees, weighting
+from diffjax.assign import pair
+from diffjax.core import noise_levels, schedules, trees, weighting
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
+from diffjax.methods import variance_bound
 from diffjax.methods.update import descend
+from diffjax.sampling.learned_variance import VarianceDenoiser
 
 _QUARTERS = 4  # parts of the noise levels whose losses are logged apart
 
@@ -34,15 +37,33 @@ class Settings:
 
     distribution, distribution_options: a key of noise_levels.DISTRIBUTIONS and its options.
     weighting, weighting_options: a key of weighting.WEIGHTINGS and its options.
-    label_dropout: probability that a label becomes the null class `num_classes` (0 where no guidance is wanted).
+    variance_weight: lambda of the hybrid loss (Nichol & Dhariwal 2021), where the network says its variance.
+    label_dropout: probability that a label becomes the null class `num_classes` (0 where no guidance is wanted), or a
+      text the empty one. texts: batches have texts in place of labels.
+    assign, assign_options: how noise is given to images, a key of `assign.pair.METHODS` and the options of
+      `assign.pair.training_noise`: immiscible diffusion.
     """
 
     distribution: str = "lognormal"
     distribution_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weighting: str = "edm"
     weighting_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    variance_weight: float = 0.001
     label_dropout: float = 0.0
+    texts: bool = False
     num_classes: int = 0
+    assign: str = "none"
+    assign_options: Mapping[str, str | int | float] = dataclasses.field(default_factory=dict)
+
+
+class StepKeys(NamedTuple):
+    """What a step draws from: augmentation, noise levels, noise, dropped labels, dropout."""
+
+    prepare: Key
+    level: Key
+    noise: Key
+    label: Key
+    dropout: Key
 
 
 class EDMState(NamedTuple):
@@ -58,32 +79,42 @@ def make(
     optimizer: optax.GradientTransformation,
     learning_rate: Callable[[Array], Array],
     prepare: Callable[[Batch, Key], Batch] | None = None,
+    variance: VarianceDenoiser | None = None,
 ) -> Method:
     """EDM as a Method. The batch holds image (B, H, W, C) float32 in [-1, 1] and optionally label (B,) int32 and
     augment (B, 9); `prepare(batch, key)` makes that of what the loader gives (augmentation, uint8 to float). All
-    but the image is passed to the network as its condition. The network's dropout is on.
+    but the image is passed to the network as its condition. The network's dropout is on. `variance`: of a network that
+    says its variance, which then is trained too, by `variance_bound`; the levels must be "discrete".
 
     `optimizer` has no learning rate of its own, `learning_rate` maps the iteration to it. Metrics, float32: loss;
     loss_sigma_0..3, its mean over each quarter of the batch in order of noise level (as many as samples in a smaller
-    batch); grad_norm before clipping; learning_rate; nonfinite_leaf (int32). Raises ValueError for settings that
-    cannot work, and at the first call for a batch that does not fit.
+    batch); grad_norm before clipping; learning_rate; those of an assignment, see `assign.pair.training_noise`;
+    nonfinite_leaf (int32). Raises ValueError for settings that cannot work, and at the first call for a batch that does
+    not fit.
     """
     _check(settings)
+    if variance is not None and settings.distribution != "discrete":
+        raise ValueError(
+            f"a learned variance needs the levels of a table, found distribution={settings.distribution!r}: take 'discrete'"
+        )
 
     def init(params: Params) -> EDMState:
         return EDMState(params, optimizer.init(params))
 
     def step(state: EDMState, frozen: Params, batch: Batch, key: Key, iteration: Array) -> tuple[EDMState, Metrics]:
         del frozen
-        prepare_key, sigma_key, noise_key, label_key, dropout_key = jax.random.split(key, 5)
-        batch = dict(batch) if prepare is None else dict(prepare(batch, prepare_key))
+        keys = split(key)
+        batch = dict(batch) if prepare is None else dict(prepare(batch, keys.prepare))
         image = take_image(batch)
-        cond = drop_labels(label_key, batch, settings.label_dropout, settings.num_classes)
-        sigma = noise_levels.draw(sigma_key, image.shape[0], settings.distribution, **settings.distribution_options)
-        noise = jax.random.normal(noise_key, image.shape, image.dtype)
+        noise, found = pair.training_noise(keys.noise, image, batch, settings.assign, **settings.assign_options)
+        cond = drop_labels(keys.label, batch, settings.label_dropout, settings.num_classes)
+        sigma = noise_levels.draw(keys.level, image.shape[0], settings.distribution, **settings.distribution_options)
 
         def objective(params: Params) -> tuple[Array, Array]:
-            pixels = loss(settings, denoise, params, image, sigma, noise, cond, dropout_key)
+            if variance is None:
+                pixels = loss(settings, denoise, params, image, sigma, noise, cond, keys.dropout)
+            else:
+                pixels = hybrid_loss(settings, variance, params, image, sigma, noise, cond, keys.dropout)
             per_sample_loss = jnp.sum(pixels, axis=(1, 2, 3))
             return jnp.mean(per_sample_loss), per_sample_loss
 
@@ -91,11 +122,16 @@ def make(
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        values |= _loss_by_level(per_sample_loss, sigma)
+        values |= _loss_by_level(per_sample_loss, sigma) | found
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
         return EDMState(params, opt_state), {**metrics, "nonfinite_leaf": trees.first_nonfinite(grads)}
 
     return Method(init, step)
+
+
+def split(key: Key) -> StepKeys:
+    """The keys of a step. `assign.host` draws the same noise from them."""
+    return StepKeys(*jax.random.split(key, 5))
 
 
 def loss(
@@ -115,20 +151,40 @@ def loss(
     return per_sample(weight, image) * error**2
 
 
-def drop_labels(key: Key, cond: Cond, probability: float, num_classes: int) -> Cond:
-    """`cond` with each label replaced by the null class with `probability`. Ho & Salimans 2022, algorithm 1.
+def hybrid_loss(
+    settings: Settings, variance: VarianceDenoiser, params: Params, image: Array, sigma: Array, noise: Array,
+    cond: Cond | None = None, key: Key | None = None,
+) -> Array:  # fmt: skip
+    """`loss` plus lambda L_vlb, its bits per dimension at every pixel. Nichol & Dhariwal 2021, eq. 16."""
+    noisy = image + per_sample(sigma, image) * noise
+    data, fraction = variance(params, noisy, sigma, cond, key)
+    weight = weighting.weigh(settings.weighting, sigma, **settings.weighting_options)
+    table = schedules.table(settings.distribution_options.get("process", "linear"))
+    bits = variance_bound.bound(table, image, noisy, sigma, data, fraction)
+    return per_sample(weight, image) * (data - image) ** 2 + per_sample(settings.variance_weight * table.num * bits, image)
 
-    Raises ValueError where labels are to be dropped and there are none.
+
+def drop_labels(key: Key, cond: Cond, probability: float, num_classes: int) -> Cond:
+    """`cond` with each label replaced by the null class with `probability`, and each text by its "negative_<name>", the
+    empty text. Ho & Salimans 2022, algorithm 1.
+
+    Raises ValueError where labels or texts are to be dropped and there are none.
     """
+    empty = {name.removeprefix("negative_"): value for name, value in cond.items() if name.startswith("negative_")}
+    if empty:
+        cond = {name: value for name, value in cond.items() if not name.startswith("negative_")}
     if probability == 0:
         return cond
-    if "label" not in cond:
+    if "label" not in cond and not empty:
         raise ValueError(
-            f"label_dropout={probability} needs labels, found a batch with {sorted(cond)} beside the image: "
+            f"label_dropout={probability} needs labels or texts, found a batch with {sorted(cond)} beside the image: "
             "set label_dropout to 0, or data.num_classes"
         )
-    drop = jax.random.bernoulli(key, probability, cond["label"].shape)
-    return {**cond, "label": jnp.where(drop, jnp.int32(num_classes), cond["label"])}
+    if "label" in cond:
+        empty["label"] = jnp.full_like(cond["label"], num_classes)
+    some = next(iter(empty.values()))
+    drop = jax.random.bernoulli(key, probability, some.shape[:1])
+    return {**cond, **{name: jnp.where(per_sample(drop, value), value, cond[name]) for name, value in empty.items()}}
 
 
 def take_image(batch: dict[str, Array]) -> Array:
@@ -155,7 +211,8 @@ def _loss_by_level(per_sample_loss: Array, sigma: Array) -> dict[str, Array]:
 def _check(settings: Settings) -> None:
     noise_levels.check(settings.distribution, settings.distribution_options)
     weighting.check(settings.weighting, settings.weighting_options)
+    pair.check_options(settings.assign, settings.assign_options)
     if not 0 <= settings.label_dropout <= 1:
         raise ValueError(f"label_dropout is a probability, found {settings.label_dropout}")
-    if settings.label_dropout and not settings.num_classes:
+    if settings.label_dropout and not (settings.num_classes or settings.texts):
         raise ValueError("label_dropout needs labels: set data.num_classes, or label_dropout = 0")

@@ -36,7 +36,7 @@ import numpy as np
 import optax
 
 from diffjax.core import noise_levels, solvers, trees, weighting
-from diffjax.core.broadcast import per_sample
+from diffjax.core.broadcast import per_sample, squared_norm
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import density_ratio, edm, from_noise
 from diffjax.methods.emd_chain import Generate, Report, Sample, StepSizes, Weights, check_scheme, decay, make_chain
@@ -137,7 +137,8 @@ def make(
     what is drawn inside over devices. Metrics, float32: loss (2), score_loss (1), grad_norm, score_grad_norm,
     residual (|R|), latent_move (|z^K - z|), gap (mean of sigma |s_p - s_q| along the chain), all norms L2 of one
     sample, mean over the batch; grad_norm_raw, regression, ratio_loss where on; learning_rate. int32, -1 = none:
-    nonfinite_leaf, and nonfinite_sample, the first sample whose chain is not finite. Raises ValueError for settings that cannot work.
+    nonfinite_leaf, and nonfinite_sample, the first sample whose chain is not finite. Raises ValueError for settings
+    that cannot work.
     """
     _check(settings)
     learned = settings.student_score == "learned"
@@ -156,15 +157,15 @@ def make(
 
     def step(state: EMDState, frozen: Frozen, batch: Batch, key: Key, iteration: Array) -> tuple[EMDState, Metrics]:
         score_key, chain_key, regression_key, ratio_key = jax.random.split(key, 4)
-        state, metrics = score_step(state, score_key, iteration) if learned else (state, {})
-        drawn = _spread(draw(settings, chain_key), batch_sharding)
+        state, metrics = score_step(state, batch, score_key, iteration) if learned else (state, {})
+        drawn = _spread(draw(settings, chain_key, batch), batch_sharding)
         state, factors, found = reweigh(state, frozen, batch, drawn, ratio_key, iteration)
         metrics |= found
         weights = Weights(frozen.teacher, state.score, state.params)
         dropout_key = jax.random.fold_in(chain_key, 1) if settings.dropout else None
         grads, found = gradient(weights, *drawn, frozen.step_sizes, dropout_key, factors)
         metrics |= found
-        grads, found = regress(state, frozen, grads, regression_key)
+        grads, found = regress(state, frozen, grads, batch, regression_key)
         metrics |= found
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, state.params, state.opt_state, grads)
@@ -192,16 +193,23 @@ def latent_scale(sigma: float, latent: str) -> float:
     return sigma if latent == "sigma" else float(np.sqrt(1 + sigma**2))
 
 
-def draw(settings: Settings, key: Key) -> tuple[Array, Array, Array, dict[str, Array], Key]:
+def draw(
+    settings: Settings, key: Key, batch: Batch | None = None
+) -> tuple[Array, Array, Array, dict[str, Array], Key]:
     """z, eps (B, ...), sigma (B,), cond and the chain's keys (B,) of one E-step."""
-    z, cond = from_noise.draw(settings, jax.random.fold_in(key, 2))
+    z, cond = from_noise.draw(settings, jax.random.fold_in(key, 2), batch)
     eps, _ = from_noise.draw(settings, jax.random.fold_in(key, 3))
-    name, options = settings.distribution, settings.distribution_options
-    if settings.generator_distribution:
-        name, options = settings.generator_distribution, settings.generator_distribution_options
+    name, options = chain_distribution(settings)
     sigma = noise_levels.draw(jax.random.fold_in(key, 4), settings.batch_size, name, **options)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, 5), jnp.arange(settings.batch_size))
     return z, eps, sigma, cond, keys
+
+
+def chain_distribution(settings: Settings) -> tuple[str, Mapping[str, float]]:
+    """Name and options of the distribution that the E-step's noise levels are drawn from."""
+    if settings.generator_distribution:
+        return settings.generator_distribution, settings.generator_distribution_options
+    return settings.distribution, settings.distribution_options
 
 
 def make_gradient(
@@ -235,7 +243,7 @@ def make_gradient(
             return pull(-2 * per_sample(weight * sigma, y) * kept / y.shape[0])[0]  # eq. 2
 
         grads = towards(kept)
-        metrics = _chain_metrics(z, end, report) | {"loss": jnp.mean(weight * sigma**2 * _squared(kept))}
+        metrics = _chain_metrics(z, end, report) | {"loss": jnp.mean(weight * sigma**2 * squared_norm(kept))}
         if settings.log_raw_gradient:
             metrics["grad_norm_raw"] = optax.tree.norm(towards(end.eps))
         return grads, metrics
@@ -257,18 +265,18 @@ def _generator_weight(settings: Settings, sigma: Array, report: Report) -> Array
 
 def _make_score_step(
     settings: Settings, denoise: Denoiser, generate: Generate, update: Update, sharding: jax.sharding.Sharding | None
-) -> Callable[[EMDState, Key, Array], tuple[EMDState, Metrics]]:
+) -> Callable[[EMDState, Batch, Key, Array], tuple[EMDState, Metrics]]:
     """`score_updates` steps of eq. 1, each on samples of its own."""
     dsm = edm.Settings(weighting=settings.weighting, weighting_options=settings.weighting_options)
 
     def objective(score: Params, image: Array, sigma: Array, noise: Array, cond: Cond, key: Key | None) -> Array:
         return jnp.sum(edm.loss(dsm, denoise, score, image, sigma, noise, cond, key)) / image.shape[0]
 
-    def score_step(state: EMDState, key: Key, iteration: Array) -> tuple[EMDState, Metrics]:
+    def score_step(state: EMDState, batch: Batch, key: Key, iteration: Array) -> tuple[EMDState, Metrics]:
         rate = update.learning_rate(iteration)
 
         def body(carry: tuple[Params, Any], key: Key) -> tuple[tuple[Params, Any], Metrics]:
-            z, cond = from_noise.draw(settings, jax.random.fold_in(key, 0))
+            z, cond = from_noise.draw(settings, jax.random.fold_in(key, 0), batch)
             noise, _ = from_noise.draw(settings, jax.random.fold_in(key, 1))
             sigma = noise_levels.draw(
                 jax.random.fold_in(key, 2), settings.batch_size, settings.distribution, **settings.distribution_options
@@ -315,13 +323,13 @@ def _make_reweigh(
 def _make_regress(
     settings: Settings, teacher_denoise: Denoiser, generate: Generate, regression: Regression | None,
     sharding: jax.sharding.Sharding | None,
-) -> Callable[[EMDState, Frozen, Params, Key], tuple[Params, Metrics]]:  # fmt: skip
+) -> Callable[[EMDState, Frozen, Params, Batch, Key], tuple[Params, Metrics]]:  # fmt: skip
     """Adds the gradient of `Regression`, on noise of its own."""
 
-    def regress(state: EMDState, frozen: Frozen, grads: Params, key: Key) -> tuple[Params, Metrics]:
+    def regress(state: EMDState, frozen: Frozen, grads: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
         if regression is None:
             return grads, {}
-        z, cond = _spread(from_noise.draw(settings, key), sharding)
+        z, cond = _spread(from_noise.draw(settings, key, batch), sharding)
         target = teacher_images(teacher_denoise, regression.plan, frozen.teacher, z, cond)
 
         def objective(params: Params) -> Array:
@@ -335,19 +343,14 @@ def _make_regress(
 
 
 def _chain_metrics(z: Array, end: Sample, report: Report) -> Metrics:
-    finite = jnp.isfinite(_squared(end.residual) + _squared(end.eps) + _squared(end.z))
+    finite = jnp.isfinite(squared_norm(end.residual) + squared_norm(end.eps) + squared_norm(end.z))
     first = jnp.where(jnp.all(finite), -1, jnp.argmin(finite)).astype(jnp.int32)
     return {
-        "residual": jnp.mean(jnp.sqrt(_squared(end.residual))),
-        "latent_move": jnp.mean(jnp.sqrt(_squared(end.z - z))),
+        "residual": jnp.mean(jnp.sqrt(squared_norm(end.residual))),
+        "latent_move": jnp.mean(jnp.sqrt(squared_norm(end.z - z))),
         "gap": jnp.mean(report.gap),
         "nonfinite_sample": first,
     }
-
-
-def _squared(x: Array) -> Array:
-    """Squared L2 norm of each sample, (B,)."""
-    return jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)))
 
 
 def _spread(drawn: Any, sharding: jax.sharding.Sharding | None) -> Any:
@@ -370,9 +373,8 @@ def _check(settings: Settings) -> None:
     if not settings.generator_sigma > 0:
         raise ValueError(f"generator_sigma must be positive, found {settings.generator_sigma}")
     noise_levels.check(settings.distribution, settings.distribution_options)
+    noise_levels.check(*chain_distribution(settings))
     weighting.check(settings.weighting, settings.weighting_options)
-    if settings.generator_distribution:
-        noise_levels.check(settings.generator_distribution, settings.generator_distribution_options)
     if settings.generator_weighting != "dmd":
         weighting.check(settings.generator_weighting, settings.generator_weighting_options)
     from_noise.check(settings)

@@ -34,17 +34,17 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.broadcast import per_sample
+from diffjax.core.broadcast import per_sample, squared_norm
 from diffjax.core.types import Array, Cond, Denoiser, Key, Params
 
 SCHEMES = ("eps_z", "eps", "x_z", "x")
 
 
 class StepSizes(NamedTuple):
-    """The rates a (`noise`) and b (`latent`) of eq. 2, scalars; they may be traced."""
+    """The rates a (`noise`) and b (`latent`) of eq. 2, scalars; they may be traced. Defaults: Xie 2024, table 7."""
 
-    noise: Array | float
-    latent: Array | float
+    noise: Array | float = 0.4**2
+    latent: Array | float = 0.004**2
 
 
 class Weights(NamedTuple):
@@ -108,7 +108,7 @@ def make_step(
         gap, teacher = gap_at(weights, y + level * sample.eps, y, sigma, cond, key)
         eps = (1 - a) * sample.eps + a * gap + jnp.sqrt(2 * a) * n_eps
         residual = (1 - a) * sample.residual + a * gap
-        report = Report(_norm(gap), jnp.mean(jnp.abs(y - teacher), axis=tuple(range(1, y.ndim))))
+        report = Report(jnp.sqrt(squared_norm(gap)), jnp.mean(jnp.abs(y - teacher), axis=tuple(range(1, y.ndim))))
         if scheme in ("eps", "x"):
             return Sample(eps, sample.z, residual), report
         seen = eps if sequential else sample.eps
@@ -176,11 +176,6 @@ def decay(step_sizes: StepSizes, num_steps: int, half_step: bool = False) -> Arr
     """m = 1 - (1 - a)^K, the total weight of the gaps in R (eq. 4)."""
     a = step_sizes.noise / 2 if half_step else step_sizes.noise
     return 1 - (1 - a) ** num_steps
-
-
-def _norm(x: Array) -> Array:
-    """L2 norm of each sample, (B,)."""
-    return jnp.sqrt(jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim))))
 
 
 def check_scheme(scheme: str, sequential: bool) -> None:

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.core.broadcast import per_sample
+from diffjax.core.broadcast import per_sample, squared_norm
 from diffjax.core.types import Array, Cond, Denoiser, Key
 from diffjax.methods.emd_chain import Generate, Sample, StepSizes, Weights, make_step
 
@@ -97,5 +97,5 @@ def largest_stable(found: Eigenvalues, step_sizes: StepSizes) -> StepSizes:
 
 def _normalise(vector: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
     """The vector (B, ...), (B, ...) at length 1, and what its length was, (B,)."""
-    length = jnp.sqrt(sum(jnp.sum(jnp.square(part), axis=tuple(range(1, part.ndim))) for part in vector))
+    length = jnp.sqrt(sum(map(squared_norm, vector)))
     return tuple(part / per_sample(jnp.maximum(length, 1e-30), part) for part in vector), length

@@ -5,7 +5,11 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from diffjax.core.types import Array, Key, Metrics
+from diffjax.core.types import Array, Batch, Key, Metrics
+
+
+# conditions that come with a batch of prompts, see build.encoded
+TEXT = tuple(prefix + name for prefix in ("", "negative_") for name in ("text", "text_mask", "pooled", "control"))
 
 
 class FromNoise(Protocol):
@@ -24,16 +28,17 @@ class Updates(Protocol):
     nonfinite_leaf: Array  # (u,) int32, -1 = none
 
 
-def draw(settings: FromNoise, key: Key) -> tuple[Array, dict[str, Array]]:
-    """Unit noise (B, *image_shape) and cond, {"label": int32 (B,)} uniform over the classes or {} without classes.
+def draw(settings: FromNoise, key: Key, batch: Batch | None = None) -> tuple[Array, dict[str, Array]]:
+    """Unit noise (B, *image_shape) and cond: {"label": int32 (B,)} uniform over the classes, without classes what the
+    batch has of a text, {} where it has none.
 
-    Sample i depends on `key` and i only, whatever the batch size and the number of devices.
+    Noise and label of sample i depend on `key` and i only, whatever the batch size and the number of devices.
     """
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(settings.batch_size))
     noise_keys, label_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
     noise = jax.vmap(lambda k: jax.random.normal(k, settings.image_shape))(noise_keys)
     if not settings.num_classes:
-        return noise, {}
+        return noise, {name: batch[name] for name in TEXT if name in (batch or {})}
     label = jax.vmap(lambda k: jax.random.randint(k, (), 0, settings.num_classes, jnp.int32))(label_keys)
     return noise, {"label": label}
 

@@ -140,7 +140,7 @@ def make(
     def step(
         state: SFDState, frozen: Frozen, batch: Batch, key: Key, iteration: Array
     ) -> tuple[SFDState, Metrics]:
-        noise, cond, dropout_key, which = _draws(settings, key)
+        noise, cond, dropout_key, which = _draws(settings, key, batch)
         if batch_sharding is not None:
             noise, cond = jax.lax.with_sharding_constraint((noise, cond), batch_sharding)
         targets = jnp.moveaxis(batch["target"], 1, 0) if "target" in batch else None
@@ -163,11 +163,11 @@ def make(
     return Method(init, step)
 
 
-def _draws(settings: Settings, key: Key) -> tuple[Array, dict[str, Array], Key, Array]:
+def _draws(settings: Settings, key: Key, batch: Batch | None = None) -> tuple[Array, dict[str, Array], Key, Array]:
     """Noise, condition, dropout key and the index of N of one iteration."""
     draw_key, dropout_key = jax.random.split(key)
     which = jax.random.randint(jax.random.fold_in(key, 2), (), 0, len(settings.num_steps))
-    return *from_noise.draw(settings, draw_key), dropout_key, which
+    return *from_noise.draw(settings, draw_key, batch), dropout_key, which
 
 
 def make_targets(

@@ -207,12 +207,14 @@ def read_newest(
     return found
 
 
-def load_params(workdir: str | os.PathLike[str], ema: bool | None = True) -> tuple[Params, dict[str, Any], int]:
-    """(params, config, step) of the newest checkpoint of a run, for sampling and for teachers.
+def load_params(
+    workdir: str | os.PathLike[str], ema: bool | None = True, step: int | None = None
+) -> tuple[Params, dict[str, Any], int]:
+    """(params, config, step) of the newest checkpoint of a run, or that of `step`, for sampling and for teachers.
 
     ema: True the moving average, False the raw parameters, None the average where the run kept one.
     Only those arrays are read, as nested dict on the default device. Raises CheckpointError when there
-    is no checkpoint, no average, or nothing readable.
+    is no such checkpoint, no average, or nothing readable.
     """
 
     def use(folder: Path, run: dict[str, Any]) -> Params:
@@ -225,7 +227,7 @@ def load_params(workdir: str | os.PathLike[str], ema: bool | None = True) -> tup
             )
         return _read_part(folder, saved, "ema_params" if averaged and ema is not False else "method/params")
 
-    return _read_for_use(workdir, use)
+    return _read_for_use(workdir, use, step)
 
 
 def load_parts(workdir: str | os.PathLike[str], parts: Sequence[str]) -> tuple[tuple[Params, ...], dict[str, Any], int]:
@@ -248,7 +250,15 @@ def _read_part(folder: Path, saved: Mapping[str, jax.ShapeDtypeStruct], part: st
     return _nest({path.removeprefix(part + "/"): array for path, array in arrays.items()})
 
 
-def _read_for_use(workdir: str | os.PathLike[str], use: Callable[[Path, dict[str, Any]], Any]) -> tuple[Any, dict[str, Any], int]:
+def _read_for_use(
+    workdir: str | os.PathLike[str], use: Callable[[Path, dict[str, Any]], Any], step: int | None = None
+) -> tuple[Any, dict[str, Any], int]:
+    if step is not None:
+        if step not in (kept := steps(workdir)):
+            raise CheckpointError(f"{workdir} holds no checkpoint of step {step}, only of {kept}: see train.keep_every_steps")
+        folder = Path(workdir).absolute() / FOLDER / str(step)
+        run = _read_run(folder)
+        return use(folder, run), run["config"], step
     found, _ = _newest(Path(workdir), use, lambda line: print(line, file=sys.stderr, flush=True))
     if found is None:
         raise CheckpointError(

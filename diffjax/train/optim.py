@@ -12,7 +12,7 @@ import optax
 from diffjax.core import names
 from diffjax.core.types import Array
 
-OPTIMIZERS = ("adam", "adamw", "sgd")
+OPTIMIZERS = ("adam", "adamw", "radam", "sgd")
 SCHEDULES = ("constant", "cosine", "linear", "half_drop")
 
 
@@ -25,7 +25,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """"adam", "adamw" (decoupled decay, Loshchilov & Hutter 2019) or "sgd" (momentum), after clipping the
+    """"adam", "adamw" (decoupled decay, Loshchilov & Hutter 2019), "radam" (Liu 2020) or "sgd" (momentum), after clipping the
     global gradient norm to `clip_norm` (0 = off). Its updates are to be subtracted after multiplication with the
     learning rate. Raises ValueError for an unknown name, a negative clip_norm, or a decay that would have no effect.
     """
@@ -36,7 +36,10 @@ def make_optimizer(
     if weight_decay and name != "adamw":
         raise ValueError(f"weight_decay={weight_decay} needs optim.name='adamw', found {name!r}")
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    parts.append(optax.trace(momentum) if name == "sgd" else optax.scale_by_adam(b1, b2, eps))
+    if name == "sgd":
+        parts.append(optax.trace(momentum))
+    else:
+        parts.append((optax.scale_by_radam if name == "radam" else optax.scale_by_adam)(b1, b2, eps))
     if name == "adamw":
         parts.append(optax.add_decayed_weights(weight_decay))
     return optax.chain(*parts)

@@ -4,28 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick_runs import small
 
 from diffjax import build
-from diffjax.cli import flags
+from diffjax.build import emd_parts
 from diffjax.cli.train import train_and_evaluate
 from diffjax.methods import emd
+from diffjax.methods.emd_chain import StepSizes
 from diffjax.sampling import generate
 
 IDS = range(4)
-
-
-def small(name, teacher, **changes):
-    """A quick config of digits with three steps of training."""
-    config = flags.load_config(f"configs/quick/{name}")
-    config.train.update({"batch_size": 8, "total_images": 24, "log_every_steps": 1, "sample_every_steps": 0})
-    config.train.num_devices = 1  # eight fake ones share two cores
-    if teacher is not None:
-        config.method.teacher = str(teacher)
-    for key, value in changes.items():
-        section, name = key.split("__")
-        with config[section].unlocked():
-            config[section][name] = value
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +106,15 @@ def test_a_network_that_is_not_the_teachers_is_refused(teacher):
         ({"method__latent": "vp"}, "latent must be one of .*, found 'vp'"),
         ({"method__cancell": True}, "'cancell'.*'cancel'"),
         ({"method__generator_weighting": "dmd3"}, "'dmd3'"),
+        ({"method__noise_step": -0.1}, r"noise_step is a rate and must not be negative, found -0\.1; published: .*0\.16"),
+        ({"method__latent_step": float("nan")}, "latent_step is a rate .*found nan"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(teacher, changes, message):
     with pytest.raises(ValueError, match=message):
         build.experiment(small("emd_digits.py:emd_4", teacher, **changes))
+
+
+def test_step_sizes_that_are_not_given_are_the_published_ones():
+    assert emd_parts.step_sizes({}) == StepSizes(0.4**2, 0.004**2)
+    assert emd_parts.step_sizes({"noise_step": 0.1, "latent_step": 0.2}, latent_step=0.0) == StepSizes(0.1, 0.0)

@@ -1,5 +1,6 @@
 """Runs of EMD on a teacher that was trained for seconds: step sizes checked before, samples corrected after."""
 
+import dataclasses
 import json
 import re
 import zlib
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from quick_runs import small
 
 from diffjax import build
 from diffjax.build import correction
@@ -16,19 +18,6 @@ from diffjax.cli.train import train_and_evaluate
 from diffjax.core import rng, trees
 from diffjax.methods.emd_chain import StepSizes, noise_pair
 from diffjax.runtime import checkpoint, guards
-
-
-def small(name: str, **changes):
-    """A quick config of digits with two steps of training."""
-    config = flags.load_config(f"configs/quick/{name}")
-    config.train.update({"batch_size": 8, "total_images": 16, "log_every_steps": 1, "sample_every_steps": 0})
-    config.train.num_devices = 1  # eight fake ones share two cores
-    config.optim.warmup_images = 0
-    for key, value in changes.items():
-        section, name = key.split("__")
-        with config[section].unlocked():
-            config[section][name] = value
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +30,7 @@ def folder(tmp_path_factory):
 
 
 def student(folder, **changes):
-    return small("emd_digits.py:emd_4", method__teacher=str(folder / "teacher"), method__langevin_steps=2, **changes)
+    return small("emd_digits.py:emd_4", folder / "teacher", method__langevin_steps=2, **changes)
 
 
 def warning(folder, **changes):
@@ -159,7 +148,7 @@ def test_the_command_writes_a_picture_arrays_and_facts(folder, tmp_path, capsys)
 def test_a_chain_that_diverges_is_named_by_seed_and_writes_nothing(folder, tmp_path, capsys):
     run = correction.load(folder / "emd")
     with pytest.raises(guards.NonFiniteError, match=r"of 2 of 2 samples are not finite .* seeds \[5, 7\] among"):
-        correction.correct(run, 0, [5, 7], batch_size=2, langevin_steps=60, rates=correction.step_sizes(run, 1e3, 0.0))
+        correction.correct(run, 0, [5, 7], batch_size=2, langevin_steps=60, rates=StepSizes(1e3, 0.0))
     argv = (f"--workdir={folder / 'emd'}", f"--out={tmp_path / 'out'}", "--seeds=5", "--langevin_steps=60")
     assert correct(*argv, "--noise_step=1000") == 2
     assert "lower --latent_step or --noise_step" in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -194,5 +183,5 @@ def test_a_score_of_another_network_is_refused(folder, monkeypatch):
 def test_a_latent_at_rest_is_let_go(folder):
     run = correction.load(folder / "emd")
     for own, used in (("eps", "eps_z"), ("x", "eps_z"), ("x_z", "x_z"), ("eps_z", "eps_z")):
-        run.config.method.scheme = own
-        assert correction.scheme(run) == used
+        settings = dataclasses.replace(run.settings, scheme=own)
+        assert correction.scheme(run._replace(settings=settings)) == used

@@ -1,33 +1,21 @@
 """Every kind of student from its config, on a teacher that was trained for seconds: trained, loaded, sampled, refused."""
 
+import functools
 import importlib.util
 import json
 import shutil
 
 import numpy as np
 import pytest
+import quick_runs
 
 from diffjax import build
 from diffjax.cli import flags, prepare
 from diffjax.cli.train import train_and_evaluate
 from diffjax.core import trees
 
+small = functools.partial(quick_runs.small, batch_size=16, num_steps=4)
 DRAW = {"seed": 0, "sample_ids": range(4), "batch_size": 4}
-
-
-def small(name: str, teacher, **changes):
-    """A quick config of digits with four steps of training."""
-    config = flags.load_config(f"configs/quick/{name}")
-    config.train.update({"batch_size": 16, "total_images": 64, "log_every_steps": 1, "sample_every_steps": 0})
-    config.train.num_devices = 1  # eight fake ones share two cores
-    config.optim.warmup_images = 0
-    if teacher is not None:
-        config.method.teacher = str(teacher)
-    for key, value in changes.items():
-        section, name = key.split("__")
-        with config[section].unlocked():
-            config[section][name] = value
-    return config
 
 
 def losses(folder):

@@ -41,6 +41,31 @@ def test_one_scale_per_sample():
         np.testing.assert_allclose(found[i], expected, rtol=1e-6)  # the same operations
 
 
+def test_some_channels():
+    x = jax.random.normal(jax.random.key(1), (4, 2, 2, 4))
+    guided = guidance.cfg(denoise, 2.5, NULL)({}, x, 1.0, COND)
+    found = guidance.cfg(denoise, 2.5, NULL, channels=3)({}, x, 1.0, COND)
+    np.testing.assert_array_equal(found[..., :3], guided[..., :3])
+    np.testing.assert_array_equal(found[..., 3:], denoise({}, x, 1.0, COND)[..., 3:])
+    np.testing.assert_array_equal(guidance.cfg(denoise, 2.5, NULL, channels=4)({}, x, 1.0, COND), guided)
+    with pytest.raises(ValueError, match="found channels=5, expected 0"):
+        guidance.cfg(denoise, 2.5, NULL, channels=5)({}, x, 1.0, COND)
+
+
+def test_power_cosine():
+    index = jnp.array([0.0, 100.0, 250.0, 500.0, 999.0])
+    found = guidance.power_cosine(index / 1000, 3.8)
+    # printed to 8 digits, computed in float32
+    np.testing.assert_allclose(found, [3.8, 3.05937352, 1.63654502, 1.02690061, 1.0], rtol=1e-6)
+    assert guidance.power_cosine(1.0, 3.8) == 1 and guidance.power_cosine(0.3, 1.0) == 1
+
+
+def test_a_scale_by_noise_level():
+    scale = lambda sigma: guidance.power_cosine(sigma, 3.8)  # noqa: E731
+    found = guidance.cfg(denoise, scale, NULL)({}, X, 0.25, COND)
+    np.testing.assert_array_equal(found, guidance.cfg(denoise, scale(0.25), NULL)({}, X, 0.25, COND))
+
+
 @pytest.mark.parametrize("sigma, inside", [(0.5, False), (0.51, True), (2.0, True), (2.1, False)])
 def test_interval_guides_inside_only_and_saves_the_call_outside(sigma, inside):
     calls = []

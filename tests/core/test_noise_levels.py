@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax.core import noise_levels
+from diffjax.core import noise_levels, schedules
 
 UNIFORM = np.array([0.0, 0.25, 0.5, 0.999])
 NORMAL = np.array([-2.0, 0.0, 0.5, 3.0])
@@ -26,6 +26,7 @@ def test_closed_forms(x64):
         (noise_levels.polynomial(uniform, low=0.5, high=0.5), np.full(4, ((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7)),
         (noise_levels.logit_normal(normal, 0.3, 0.8), flow / (1 - flow)),
         (noise_levels.uniform_flow(uniform), straight / (1 - straight)),
+        (noise_levels.discrete(uniform), np.sqrt(1 / schedules.linear()[[0, 250, 500, 999]] - 1)),
     ]
     for found, expected in cases:
         np.testing.assert_allclose(found, expected, rtol=1e-10)  # float64; 1 - flow loses digits near 1

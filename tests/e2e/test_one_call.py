@@ -28,14 +28,19 @@ def runs(tmp_path_factory):
 
 def test_one_call_writes_its_tables(runs):
     config = flags.load_config("configs/quick/compare_emd.py")
-    config.base, config.seeds, config.grid_columns = str(runs), (0,), 4
+    config.base, config.seeds, config.grid_columns = str(runs), (0, 1), 4
     config.students = {name: config.students[name] for name in ("diff_instruct", "emd_16")}
+    config.students.diff_instruct.runs = ("{base}/seed_0/diff_instruct",)  # sampled twice, was trained once
+    config.students.emd_16.seeds = (0,)
     config.gradient_norms = {"residual": ("emd_16", "grad_norm"), "with noise": ("emd_16", "grad_norm_raw")}
     config.update({"num_samples": 64, "batch_size": 64})
     one_call.compare(config, runs / "report", "compare")
     report = json.loads((runs / "report" / "report.json").read_text())
     rows = report["tables"]["one_call"]
-    assert [(row["method"], row["nfe"]) for row in rows] == [("teacher_heun18", 35), ("diff_instruct", 1), ("emd_16", 1)]
+    found = [(row["method"], row["nfe"], row["seed"]) for row in rows]
+    first = [("teacher_heun18", 35, 0), ("diff_instruct", 1, 0), ("emd_16", 1, 0)]
+    assert found == [*first, ("teacher_heun18", 35, 1), ("diff_instruct", 1, 1)]
+    assert "two halves" in report["tables"]["noise"][0]["what"] and len(report["tables"]["noise"]) == 3
     assert all({"method", "seed", "frechet_distance", "recall"} <= set(row) for row in rows)
     cost = {row["method"]: row for row in report["tables"]["cost"]}
     # 7 + 4 (score updates - 1) + 2 K for z at rest, 4 K for z that moves, forward passes and what is no network; but what

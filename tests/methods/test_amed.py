@@ -181,9 +181,9 @@ def test_training_moves_to_the_exact_trajectory(solver):
     """The published predictor on six features of a mixture, 5 calls; the error on samples that it has not seen."""
     predict, init = functionalize(lambda rngs: AmedPredictor(6, rngs=rngs))
     chosen = settings(
-        solver=solver, batch_size=64, grid="polynomial", rho=7.0, scale_dir=0.1, scale_time=0.2, teacher_factor=8
+        solver=solver, batch_size=128, grid="polynomial", rho=7.0, scale_dir=0.1, scale_time=0.2, teacher_factor=8
     )
-    rate = optax.schedules.cosine_decay_schedule(5e-3, 300)
+    rate = optax.schedules.cosine_decay_schedule(2e-3, 400)
     method = amed.make(
         chosen, gaussian.mixture_denoiser, mixture_features, predict, optax.scale_by_adam(), rate
     )
@@ -192,7 +192,7 @@ def test_training_moves_to_the_exact_trajectory(solver):
         return method.step(state, mixture(), {}, jax.random.fold_in(jax.random.key(4), j), j)
 
     start = method.init(init(jax.random.key(6)))
-    state, _ = jax.jit(lambda s: jax.lax.scan(iteration, s, jnp.arange(300)))(start)
+    state, _ = jax.jit(lambda s: jax.lax.scan(iteration, s, jnp.arange(400)))(start)
     fresh = 80.0 * jax.random.normal(jax.random.key(7), (256, 2, 3))
     fine = solvers.make_plan("heun", grids.polynomial(401, 0.002, 80.0))
     exact = sample(gaussian.mixture_denoiser, mixture(), fresh, fine)
@@ -204,7 +204,8 @@ def test_training_moves_to_the_exact_trajectory(solver):
         return float(jnp.mean(jnp.linalg.norm((end - exact).reshape(256, -1), axis=1)))
 
     neutral = jax.tree.map(jnp.zeros_like, start.params)  # r = 1/2, c = a = 1
-    # found 0.06, 0.37 and 0.29 of the error at the start; 0.08, 0.65 and 0.36 of the neutral one
+    # found 0.06, 0.39 and 0.29 of the error at the start; 0.08, 0.67 and 0.35 of the neutral one. The rounding of the
+    # machine code matters: with optimised code iPNDM has 0.30 and 0.52
     assert error(state.params) < 0.5 * error(start.params)
     assert error(state.params) < 0.8 * error(neutral)
 

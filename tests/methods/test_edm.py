@@ -178,6 +178,19 @@ def test_labels_are_dropped_with_the_given_probability():
     assert np.all(edm.drop_labels(jax.random.key(0), cond, 1.0, 10)["label"] == 10)
 
 
+def test_texts_are_dropped_with_the_given_probability():
+    """All conditions of a sample or none; what they were replaced with does not reach the network."""
+    text, mask = jnp.ones((20000, 2, 3)), jnp.ones((20000, 2), bool)
+    cond = {"text": text, "text_mask": mask, "negative_text": 0 * text, "negative_text_mask": ~mask}
+    found = edm.drop_labels(jax.random.key(0), cond, 0.2, 0)
+    assert set(found) == {"text", "text_mask"} and found["text_mask"].dtype == bool
+    dropped = np.asarray(found["text"][:, 0, 0] == 0)
+    assert abs(dropped.mean() - 0.2) < 5 * np.sqrt(0.2 * 0.8 / 20000)  # 5 standard deviations
+    np.testing.assert_array_equal(found["text"], np.where(dropped[:, None, None], 0, text))
+    np.testing.assert_array_equal(found["text_mask"], np.where(dropped[:, None], False, mask))
+    assert set(edm.drop_labels(jax.random.key(0), cond, 0.0, 0)) == {"text", "text_mask"}
+
+
 def test_the_step_drops_labels():
     def denoise(params, x, sigma, cond=None, key=None):
         return params["a"] * x + jnp.where(cond["label"] == 10, jnp.nan, 0.0).reshape(-1, 1, 1, 1)
@@ -206,7 +219,7 @@ def test_settings_that_cannot_work_are_refused_at_once(settings, message):
 
 
 def test_dropping_labels_of_a_batch_without_any_is_refused():
-    with pytest.raises(ValueError, match=r"label_dropout=0.1 needs labels, found a batch with \['augment'\]"):
+    with pytest.raises(ValueError, match=r"label_dropout=0.1 needs labels or texts, found a batch with \['augment'\]"):
         batch = {**_batch(2), "augment": jnp.zeros((2, 9))}
         _step(edm.Settings(label_dropout=0.1, num_classes=10), _scale, {"a": jnp.float32(1)}, batch)
 

@@ -18,8 +18,6 @@ from diffjax.runtime import guards
 
 SHAPE, BATCH, SIGMA = (2, 2, 1), 4, 5.0
 RATES = StepSizes(0.16, 0.02)  # a latent rate that is seen
-# arrays are tiny, and compiling takes the time: machine code is made in a hurry
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def constructor(rngs):
@@ -40,7 +38,7 @@ def generate(params, z, cond):
     return denoise(params, SIGMA * z, jnp.full(z.shape[:1], SIGMA), cond)
 
 
-@jit
+@jax.jit
 def random_weights(seed):
     """Weights of which no layer is zero, float64 where that is on."""
     leaves, tree = jax.tree.flatten(jax.eval_shape(init, jax.random.key(0)))
@@ -54,7 +52,7 @@ def three():
     return Weights(random_weights(1), random_weights(2), random_weights(3))
 
 
-@jit
+@jax.jit
 def start():
     """z, eps, sigma, cond and keys of an E-step."""
     keys = jax.random.split(jax.random.key(9), 5)
@@ -70,10 +68,10 @@ def assert_close(found, expected, tol=1e-11):
 
 
 def gradient_of(chosen, weights, drawn):
-    return jit(emd.make_gradient(chosen, denoise, denoise))(weights, *drawn, RATES, None)[0]
+    return jax.jit(emd.make_gradient(chosen, denoise, denoise))(weights, *drawn, RATES, None)[0]
 
 
-@functools.partial(jit, static_argnames="teacher")
+@functools.partial(jax.jit, static_argnames="teacher")
 def seen(weights, z, eps, sigma, cond, teacher=denoise):
     """g, D_q and D_p of the samples that a chain starts from, all constant."""
     y = generate(weights.generator, z, cond)
@@ -82,7 +80,7 @@ def seen(weights, z, eps, sigma, cond, teacher=denoise):
     return jax.lax.stop_gradient((y, score, known))
 
 
-@jit
+@jax.jit
 def rival_gradient(direction, weights, z, cond, factor=1.0):
     """Of sum factor <direction, g> over the mean of the batch, by jax.grad."""
     return jax.grad(lambda p: jnp.sum(factor * direction * generate(p, z, cond)) / len(z))(weights.generator)
@@ -102,7 +100,7 @@ def test_one_step_without_latent_is_diff_instruct(weight, scale, x64):
     null = functools.partial(guidance.null_label, num_classes=3)
     teacher = denoise if scale is None else guidance.cfg(denoise, scale, null)
     chosen, weights = settings(scheme="eps", generator_weighting=weight), three()
-    gradient = jit(emd.make_gradient(chosen, teacher, denoise))
+    gradient = jax.jit(emd.make_gradient(chosen, teacher, denoise))
     for i in range(BATCH):
         z, eps, sigma, cond, keys = jax.tree.map(lambda leaf: leaf[i : i + 1], start())  # noqa: B023
         _, score, known = seen(weights, z, eps, sigma, cond, teacher)
@@ -137,7 +135,7 @@ def test_delta_score_is_score_distillation(x64):
 # The chain on networks -------------------------------------------------------------------------------------------
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def by_hand(scheme, weights, z, eps, sigma, cond, noise):
     """x and x0 after each step, as the spec writes it in the space of x, gradients by jax.grad."""
     (a, b), level = RATES, sigma[:, None, None, None]
@@ -165,7 +163,7 @@ def trails(x64):
     noise = [jax.random.normal(jax.random.key(k), (2, *z.shape)) for k in range(2)]
     found, level = {}, sigma[:, None, None, None]
     for scheme in emd_chain.SCHEMES:
-        step = jit(emd_chain.make_step(denoise, denoise, generate, scheme=scheme))
+        step = jax.jit(emd_chain.make_step(denoise, denoise, generate, scheme=scheme))
         sample, trail = emd_chain.Sample(eps, z, jnp.zeros_like(eps)), []
         for n_eps, n_z in noise:
             sample, _ = step(weights, sample, sigma, cond, RATES, n_eps, n_z)
@@ -189,7 +187,7 @@ def test_schemes_agree_on_a_latent_at_rest(x64):
     ends = []
     for scheme in emd_chain.SCHEMES:
         chain = emd_chain.make_chain(4, denoise, denoise, generate, scheme=scheme)
-        end, _ = jit(chain)(weights, *drawn, StepSizes(0.16, 0.0))
+        end, _ = jax.jit(chain)(weights, *drawn, StepSizes(0.16, 0.0))
         ends.append(generate(weights.generator, end.z, drawn[3]) + drawn[2][:, None, None, None] * end.residual)
     for end in ends[1:]:
         assert_close(end, ends[0])
@@ -201,7 +199,7 @@ def test_sequential_latent_sees_the_new_noise(x64):
     sample, noise = emd_chain.Sample(eps, z, 0 * eps), jax.random.normal(jax.random.key(0), (2, *z.shape))
     ends = []
     for sequential in (False, True):
-        step = jit(emd_chain.make_step(denoise, denoise, generate, sequential=sequential))
+        step = jax.jit(emd_chain.make_step(denoise, denoise, generate, sequential=sequential))
         ends.append(step(weights, sample, sigma, cond, RATES, *noise)[0])
     np.testing.assert_allclose(ends[0].eps, ends[1].eps, rtol=1e-12)  # float64
     assert np.max(np.abs(ends[0].z - ends[1].z)) > 1e-5
@@ -217,7 +215,7 @@ def test_half_steps_and_rescaling(x64):
     weights, drawn, half = three(), start(), StepSizes(RATES.noise / 2, RATES.latent / 2)
 
     def gradient(**changes):
-        return jit(emd.make_gradient(settings(langevin_steps=3, **changes), denoise, denoise))
+        return jax.jit(emd.make_gradient(settings(langevin_steps=3, **changes), denoise, denoise))
 
     plain = gradient()
     whole, halved = (plain(weights, *drawn, rates, None)[0] for rates in (RATES, half))
@@ -229,7 +227,7 @@ def test_half_steps_and_rescaling(x64):
 def test_both_score_networks_have_the_same_dropout():
     """Equal weights leave no gap under any mask, and other masks are other chains."""
     weights, drawn = three(), start()
-    chain = jit(emd_chain.make_chain(2, denoise, denoise, generate))
+    chain = jax.jit(emd_chain.make_chain(2, denoise, denoise, generate))
     same, _ = chain(weights._replace(score=weights.teacher), *drawn, RATES, jax.random.key(0))
     assert not np.any(same.residual)
     ends = [chain(weights, *drawn, RATES, key)[0].residual for key in (None, jax.random.key(0), jax.random.key(1))]
@@ -248,7 +246,7 @@ def test_no_gradient_passes_the_chain(num_steps):
         end, _ = chain(weights, *drawn, RATES)
         return sum(jnp.sum(leaf) for leaf in end), end.residual
 
-    (_, residual), grads = jit(jax.value_and_grad(total, has_aux=True))(three())
+    (_, residual), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(three())
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads)) and np.any(residual) == (num_steps > 0)
 
 
@@ -288,12 +286,12 @@ def fixed(monkeypatch):
     """Every draw of noise is the same z, every level and label too."""
     z, _, sigma, _, _ = start()
     cond = {"label": jnp.array([0, 1, 2, 2])}
-    monkeypatch.setattr(from_noise, "draw", lambda settings, key: (z, cond))
+    monkeypatch.setattr(from_noise, "draw", lambda settings, key, batch=None: (z, cond))
     monkeypatch.setattr(noise_levels, "draw", lambda *_, **__: sigma)
     return z, sigma, cond
 
 
-@jit
+@jax.jit
 def matching(score, y, z, sigma, cond):
     """Denoising score matching of images y with noise z, Karras 2022's weight, and its gradient."""
     level = sigma[:, None, None, None]
@@ -302,7 +300,7 @@ def matching(score, y, z, sigma, cond):
     return jax.value_and_grad(objective)(score)
 
 
-@jit
+@jax.jit
 def regression_by_hand(weights, z, cond):
     """Towards the end of two Euler steps of the teacher from z."""
     x = 3.0 * z
@@ -323,7 +321,7 @@ def test_step_by_hand(score_updates, regressed, x64, fixed):
     method = make(settings(scheme="eps", score_updates=score_updates, dropout=False), regression=term)
     teacher, score, params = three()
     state = method.init(params)._replace(score=score)
-    found, metrics = jit(method.step)(state, emd.Frozen(teacher, RATES), {}, jax.random.key(0), jnp.int32(0))
+    found, metrics = jax.jit(method.step)(state, emd.Frozen(teacher, RATES), {}, jax.random.key(0), jnp.int32(0))
 
     losses, y = [], generate(params, z, cond)
     for _ in range(score_updates):
@@ -344,7 +342,7 @@ def test_step_by_hand(score_updates, regressed, x64, fixed):
 def test_step_sizes_are_traced_and_the_teacher_is_read_only():
     """One program for all rates, the same numbers each time; the state is donated, as in training."""
     method, teacher = make(settings(langevin_steps=2), optax.scale_by_adam()), random_weights(1)
-    kept, step, moved = jax.tree.map(np.array, teacher), jit(method.step, donate_argnums=0), []
+    kept, step, moved = jax.tree.map(np.array, teacher), jax.jit(method.step, donate_argnums=0), []
     for a, b in ((0.16, 1.6e-5), (0.09, 0.0), (0.16, 1.6e-5)):
         state = method.init(jax.tree.map(jnp.copy, teacher))
         frozen = emd.Frozen(teacher, StepSizes(jnp.float32(a), jnp.float32(b)))
@@ -375,8 +373,8 @@ def test_metrics_have_their_names():
 def test_samples_do_not_depend_on_the_batch():
     """The draws bit by bit; the chains to the rounding of float32 products of another shape."""
     weights = three()
-    chain = jit(emd_chain.make_chain(3, denoise, denoise, generate))
-    drawn = [jit(functools.partial(emd.draw, settings(batch_size=num)))(jax.random.key(5)) for num in (4, 64)]
+    chain = jax.jit(emd_chain.make_chain(3, denoise, denoise, generate))
+    drawn = [jax.jit(functools.partial(emd.draw, settings(batch_size=num)))(jax.random.key(5)) for num in (4, 64)]
     drawn[1] = jax.tree.map(lambda leaf: leaf[:4], drawn[1])
     as_bits = [(*rest, jax.random.key_data(keys)) for *rest, keys in drawn]
     jax.tree.map(np.testing.assert_array_equal, *as_bits)
@@ -396,7 +394,7 @@ def test_a_sample_that_is_not_finite_is_named(fixed):
     method = make(settings(), teacher=teacher)
     state = method.init(random_weights(3))
     frozen = emd.Frozen(random_weights(1), RATES)
-    _, metrics = jit(method.step)(state, frozen, {}, jax.random.key(0), jnp.int32(0))
+    _, metrics = jax.jit(method.step)(state, frozen, {}, jax.random.key(0), jnp.int32(0))
     assert metrics["nonfinite_sample"] == 2 and metrics["nonfinite_leaf"] >= 0 and np.isfinite(metrics["score_loss"])
     values = {name: float(value) for name, value in metrics.items()}
     with pytest.raises(guards.NonFiniteError, match=r"step 7: .*first sample of the batch that is not finite: 2\."):

@@ -32,8 +32,7 @@ PARAMS = [shape(PIXELS, WIDTH), shape(WIDTH, WIDTH), shape(WIDTH, WIDTH), shape(
 
 
 def compiled(function, *arguments):
-    # the passes over the program are the usual ones; making machine code of it, in a hurry, takes half the time
-    return jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
+    return jax.jit(function).lower(*arguments).compile()
 
 
 def step_of(num_steps, scheme="eps_z", unroll=1):
@@ -54,7 +53,7 @@ def cheap_noise(monkeypatch):
         start = jnp.sum(jax.random.key_data(key).astype(jnp.float32))
         return start + jax.lax.broadcasted_iota(jnp.float32, sizes, len(sizes) - 1)
 
-    monkeypatch.setattr(from_noise, "draw", lambda settings, key: (numbers(key, NUM, PIXELS), {}))
+    monkeypatch.setattr(from_noise, "draw", lambda settings, key, batch=None: (numbers(key, NUM, PIXELS), {}))
     monkeypatch.setattr(noise_levels, "draw", lambda key, num, *_, **__: 1 + numbers(key, num) ** 2)
     monkeypatch.setattr(emd_chain, "noise_pair", lambda keys, shape, dtype: numbers(keys, 2, NUM, PIXELS))
 

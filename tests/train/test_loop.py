@@ -2,21 +2,16 @@
 
 import errno
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import loop_example
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffjax.runtime import checkpoint, configs, guards, writers
 from diffjax.train import loop
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import loop_example
 
 
 def run(workdir, fields=None, poison_at=None, **train):

@@ -6,19 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
+import loop_example
 import numpy as np
 import pytest
 
 from diffjax.runtime import checkpoint, guards, writers
 from diffjax.train import loop
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-
-import loop_example
 
 TOTAL_STEPS = 12
 
@@ -66,7 +61,7 @@ def session(workdir, **train):
     """One session in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return subprocess.run(
-        [sys.executable, str(HERE / "loop_example.py"), str(workdir), json.dumps(train)],
+        [sys.executable, loop_example.__file__, str(workdir), json.dumps(train)],
         env=environment, capture_output=True, text=True, timeout=180,
     )
 

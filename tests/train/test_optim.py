@@ -50,6 +50,23 @@ def test_updates_are_those_of_optax_without_the_rate(x64):
     np.testing.assert_allclose(_run(optim.make_optimizer("adam")), params, rtol=1e-13)
 
 
+def test_radam_is_torchs(x64):
+    """Thirty steps: the rectification begins at the sixth."""
+    import torch
+
+    random = np.random.default_rng(0).normal(size=(30, 3))
+    theirs = torch.tensor(START, requires_grad=True)
+    peer = torch.optim.RAdam([theirs], lr=0.1, eps=1e-8)
+    optimizer, params = optim.make_optimizer("radam"), jnp.asarray(START)
+    state = optimizer.init(params)
+    for grad in random:
+        theirs.grad = torch.tensor(grad)
+        peer.step()
+        direction, state = optimizer.update(jnp.asarray(grad), state, params)
+        params = params - 0.1 * direction
+    np.testing.assert_allclose(params, theirs.detach().numpy(), rtol=1e-6)  # eps stands at another place
+
+
 def test_clipping_is_by_the_global_norm(x64):
     optimizer = optim.make_optimizer("sgd", momentum=0.0, clip_norm=1.0)
     grads = {"a": jnp.asarray([3.0, 0.0]), "b": jnp.asarray([0.0, 4.0])}
@@ -63,7 +80,7 @@ def test_clipping_is_by_the_global_norm(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "Adam W"}, "unknown optimizer 'Adam W'; did you mean 'adamw'. Known: adam, adamw, sgd"),
+        ({"name": "Adam W"}, "unknown optimizer 'Adam W'; did you mean 'adamw'. Known: adam, adamw, radam, sgd"),
         ({"name": None}, "unknown optimizer None; did you mean"),
         ({"name": "adam", "weight_decay": 0.1}, "weight_decay=0.1 needs optim.name='adamw', found 'adam'"),
         ({"clip_norm": -1.0}, "clip_norm must be positive, or 0 for no clipping, found -1.0"),
