@@ -113,6 +113,12 @@ def cifar10_dir():
     pytest.skip("CIFAR-10 is absent: set DIFFJAX_DATA or TFDS_DATA_DIR to a folder with cifar10/ as ArrayRecord")
 
 
+def pytest_collection_modifyitems(items):
+    """Files of whole runs first: one of them at the end would keep a single worker busy for minutes."""
+    long = ("test_readme.py", "test_notebooks.py", "e2e/", "test_configs.py")
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(long))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Every skip with its reason, and how many there were."""
     skipped = terminalreporter.stats.get("skipped", [])

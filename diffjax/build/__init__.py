@@ -20,7 +20,7 @@ from diffjax.build.costs import emd_iteration
 from diffjax.build.methods import teacher_targets
 from diffjax.build.networks import data_shape, denoiser
 from diffjax.build.parts import Parts, assignment_warning, beside_data, source_of
-from diffjax.build.published import load_model, read_weights
+from diffjax.build.published import load_model, read_weights, write_weights
 from diffjax.build.runs import Run, draw, load_run, plan, resolve, run_plan, trained_steps
 from diffjax.core import names
 from diffjax.core.types import Array, Params
@@ -32,6 +32,7 @@ from diffjax.train import state as train_state
 __all__ = [
     "SECTIONS", "Run", "all_images", "assignment_warning", "data_shape", "denoiser", "draw", "emd_iteration",
     "experiment", "load_model", "load_run", "plan", "read_weights", "resolve", "run_plan", "teacher_targets", "trained_steps",
+    "write_weights",
 ]  # fmt: skip
 
 SECTIONS = ("seed", "data", "model", "method", "optim", "ema", "train", "sample", "allow_config_change")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from diffjax.build import companions, networks
 from diffjax.core import grids, guidance, names, schedules, solvers, trees
-from diffjax.core.types import Denoiser, Params
+from diffjax.core.types import Array, Denoiser, Params
 from diffjax.data import sources
 from diffjax.methods import amed, emd
 from diffjax.models import amed_predictor
@@ -263,13 +263,18 @@ def draw(
     prompts: Sequence[str] | None = None,
     negative_prompt: str = "",
     guidance_scale: float | None = None,
+    guidance_channels: int = 0,
+    guidance_power: float | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
     """Images (n, H, W, C) float32 in about [-1, 1], image i made of (seed, sample_ids[i]) alone.
 
     labels (n,) are drawn per sample where not given; prompts: a text a sample, of a run whose config.data.companions
     has a text encoder. A guidance-distilled student is told the scale, others are guided by two calls, away from the
-    null class or from negative_prompt. Latents are decoded. Raises ValueError for guidance of a network that was
-    trained without a null class, and for prompts that are missing or too many.
+    null class or from negative_prompt: guidance_channels of the first channels, 0 = all, and with guidance_power by a
+    scale that rises from 1 at the first noise level, `guidance.power_cosine`. mesh splits batches over its devices.
+    Latents are decoded. Raises ValueError for guidance of a network that was trained without a null class, and for
+    prompts that are missing or too many.
     """
     beside = run_companions(run)
     cond = {} if labels is None else {"label": np.asarray(labels)}
@@ -296,12 +301,27 @@ def draw(
         cond=cond,
         num_classes=run.data.num_classes or None,
         guidance_scale=guidance_scale if guided else None,
+        guidance_channels=guidance_channels,
+        guidance_curve=None if guidance_power is None else _power_cosine(run.config.model.get("process", ""), guidance_power),
         uncond=null if guided else None,
         sampler=sampler_for(plan, run.sampler),
+        mesh=mesh,
     )
     if beside is not None:
         return beside.pictures(images)
     return images if run.data.scale == 1 else images / np.float32(run.data.scale)
+
+
+@functools.cache
+def _power_cosine(process: str, power: float) -> Callable[[Array, Array], Array]:
+    """guidance_scale of (its greatest value, sigma); the same function for the same values, for programs are cached by it.
+    Raises ValueError for a network without a process: its noise levels have no times."""
+    if not process:
+        raise ValueError("guidance_power is of networks with model.process, whose noise levels have times: leave it out")
+    schedule = schedules.named(process)
+    # of a table the index by their number, as published
+    first = 1 / schedule.num if isinstance(schedule, schedules.Discrete) else 0.0
+    return lambda scale, sigma: guidance.power_cosine(schedule.time(sigma) - first, scale, power)
 
 
 def run_companions(run: Run) -> companions.Companions | None:

@@ -1,11 +1,12 @@
-"""Turn a published network into a run folder, to sample from and to distil.
+"""Turn a published network into a run folder, to sample from and to distil; and a run into published names.
 
     python -m diffjax.cli.convert --kind=edm edm-cifar10-32x32-uncond-vp.pkl runs/edm_published
     python -m diffjax.cli.convert --kind=folder sd15 runs/sd15
     python -m diffjax.cli.convert --kind=dit DiT-XL-2-256x256.pt runs/dit --companions=sd15
+    python -m diffjax.cli.convert --export=diffusers runs/sd15_tuned unet.safetensors
 
 Arguments are the published file and the folder to make, which must not exist; diffjax.cli.sample takes it as its
-workdir, and a config of SFD as its method.teacher.
+workdir, and a config of SFD as its method.teacher. With --export they are a run and the file to make.
 
 edm: the network pickles of NVlabs/edm (DDPM++, NCSN++ and ADM; EDM, VP and VE preconditioning). A pickle can hold
 programs: nothing in it is executed, and a file that asks for it is refused.
@@ -13,11 +14,14 @@ programs: nothing in it is executed, and a file that asks for it is refused.
 folder: a model as diffusers saves it, Stable Diffusion 1, 2, XL and 3, PixArt-alpha, DiT. The run has the denoiser's
 weights; text encoder and autoencoder stay where they are, in the folder that its config names (data.companions).
 
-dit, mdt: the authors' files of DiT and MDTv2, whose sizes are read from the shapes of the weights. --companions names
-a folder whose autoencoder, vae/, makes pictures of their latents.
+dit, mdt, pixart, sd3: single files of their authors, whose sizes are read from the shapes of the weights. --companions
+names a folder whose autoencoder, vae/, makes pictures of their latents, and whose text encoders read the prompts.
 
 sd_v1, sd_v2, sdxl, ldm4g, ldm_bedroom: single files of CompVis and Stability AI. The run has the U-Net's weights, averaged
-where the file has averages; --companions as above, and for texts.
+where the file has averages; --companions as above.
+
+--export=diffusers or original writes the network of a run, averaged where it has averages, as .safetensors with the names
+and shapes that diffusers' class or the authors' file of it has.
 
 With --dry_run the file is read and checked, and nothing is written.
 """
@@ -27,12 +31,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from diffjax.cli import flags
 from diffjax.core import names
+
+if TYPE_CHECKING:
+    from diffjax.weights import load
 
 POSITIONAL = ("FILE", "FOLDER")
 _UNFINISHED = ".unfinished"  # end of the folder's name while it is written
@@ -41,12 +48,16 @@ _UNFINISHED = ".unfinished"  # end of the folder's name while it is written
 def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
     absl_flags.DEFINE_string("kind", None, f"what the file is: {', '.join(KINDS)}", flag_values=values)
+    absl_flags.DEFINE_string("export", None, "write a run's weights by names of: diffusers, original", flag_values=values)
     absl_flags.DEFINE_string("companions", None, "single files: folder of the autoencoder and text encoder", flag_values=values)
     absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", flag_values=values)
 
 
 def main(values: absl_flags.FlagValues, file: str, folder: str) -> None:
-    """Read the file, check it against our network, and write the folder."""
+    """Read the file, check it against our network, and write the folder; or the other way round."""
+    if values.export is not None:
+        _export(values, Path(file), Path(folder))
+        return
     convert = names.lookup(KINDS, flags.needed(values, "kind", "edm"), "--kind")
     _check_new(Path(folder))
     config, params = convert(Path(file), values.companions)
@@ -56,6 +67,27 @@ def main(values: absl_flags.FlagValues, file: str, folder: str) -> None:
         return
     write(Path(folder), config, params)
     print(f"wrote {folder}; sample with: python -m diffjax.cli.sample --workdir={folder} --out={folder}/samples")
+
+
+def _export(values: absl_flags.FlagValues, workdir: Path, file: Path) -> None:
+    from diffjax import build
+    from diffjax.weights import load
+
+    if given := [f"--{name}" for name in ("kind", "companions") if values[name].value is not None]:
+        raise ValueError(f"--export takes a run, found {', '.join(given)}: leave it out")
+    if file.suffix != ".safetensors":
+        raise ValueError(f"found {file}, expected a name that ends with .safetensors")
+    if file.exists():
+        raise FileExistsError(f"{file} exists and is not overwritten: choose another name, or remove it")
+    run = build.load_run(workdir)
+    weights = build.write_weights(run, values.export)
+    numbers = sum(array.size for array in weights.values())
+    print(f"{workdir}, step {run.step:,}: {run.config.model.name}, {len(weights)} arrays of {numbers:,} numbers")
+    if values.dry_run:
+        print(f"{file} was not written: leave --dry_run out to write it")
+        return
+    load.save(file, weights, {"format": "pt"})
+    print(f"wrote {file}")
 
 
 def _check_new(folder: Path) -> None:
@@ -104,25 +136,15 @@ def _folder(folder: Path, companions: str | None) -> tuple[dict[str, Any], dict[
 
 
 def _authors(kind: str, file: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    import jax
-
-    from diffjax import build
-    from diffjax.weights import authors, load
+    from diffjax.weights import authors, load, unet
 
     weights = load.read(file)
-    config = {"seed": 0, **authors.describe(kind, weights)}
-    if companions:
-        config["data"]["companions"] = companions
-    shape = build.data_shape(config["data"])
-    _, init = build.denoiser(config["model"], shape)
-    expected = jax.eval_shape(init, jax.random.key(0))
-    return config, build.read_weights(config["model"], shape, weights, expected)
+    if any(name.startswith(unet.PREFIX) for name in weights):  # beside companions in the same file
+        weights = load.under(weights, unet.PREFIX)
+    return _latent(authors.describe(kind, weights), weights, companions)
 
 
 def _unet(preset: str, file: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    import jax
-
-    from diffjax import build
     from diffjax.models import unet as networks
     from diffjax.weights import folders, load, unet
 
@@ -134,13 +156,22 @@ def _unet(preset: str, file: Path, companions: str | None) -> tuple[dict[str, An
     options.pop("out_channels")
     process = "ldm" if preset.startswith("ldm") else "scaled_linear"
     model = {"name": "unet", "precondition": "eps", "process": process, **options}
-    config = {"seed": 0, "model": model, "data": {"name": "none", **data}, "method": {"name": "edm"}}
-    config["sample"] = folders.sample_section(process)
+    sections = {"model": model, "data": {"name": "none", **data}, "method": {"name": "edm"}}
+    return _latent({**sections, "sample": folders.sample_section(process)}, weights, companions)
+
+
+def _latent(
+    sections: dict[str, Any], weights: "load.Weights", companions: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    import jax
+
+    from diffjax import build
+
     if companions:
-        config["data"]["companions"] = companions
-    shape = build.data_shape(config["data"])
-    expected = jax.eval_shape(build.denoiser(model, shape)[1], jax.random.key(0))
-    return config, build.read_weights(model, shape, weights, expected)
+        sections["data"]["companions"] = companions
+    shape = build.data_shape(sections["data"])
+    expected = jax.eval_shape(build.denoiser(sections["model"], shape)[1], jax.random.key(0))
+    return {"seed": 0, **sections}, build.read_weights(sections["model"], shape, weights, expected)
 
 
 def _no_companions(companions: str | None) -> None:
@@ -173,7 +204,7 @@ def _unfinished(folder: Path) -> Path:
 _UNETS = ("sd_v1", "sd_v2", "sdxl", "ldm4g", "ldm_bedroom")
 KINDS = {
     "edm": _edm, "folder": _folder,
-    **{kind: functools.partial(_authors, kind) for kind in ("dit", "mdt")},
+    **{kind: functools.partial(_authors, kind) for kind in ("dit", "mdt", "pixart", "sd3")},
     **{kind: functools.partial(_unet, kind) for kind in _UNETS},
 }  # fmt: skip
 

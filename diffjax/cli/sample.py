@@ -8,7 +8,8 @@
 
 Image i depends on its seed alone, not on the others. Without --solver and the flags behind it, a run samples with the
 section `sample` of its config, an SFD student as it was trained. --model takes a published model in the place of a run:
-a folder as diffusers saves it, on this machine. --prompt is one text for all images, --prompts a file with one a line,
+a folder as diffusers saves it, on this machine. Published samples of DiT, MDT and PixArt guide three of their four
+channels, --guidance_channels=3, those of MDT with --guidance_power=4. --prompt is one text for all images, --prompts a file with one a line,
 seeds[i] with line i. OUT gets samples.png, samples.npz (images, uint8
 (n, H, W, C); seeds; labels where given) and sample.json, and must not hold them already.
 
@@ -29,6 +30,7 @@ from absl import flags as absl_flags
 from diffjax.cli import flags
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
 _FILES = ("samples.png", "samples.npz", "sample.json")
@@ -60,7 +62,10 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_float("rho", None, "exponent of the grid", **common)
     absl_flags.DEFINE_bool("afs", None, "analytical first step, which needs no network call", **common)
     absl_flags.DEFINE_float("guidance_scale", None, "classifier-free guidance, 1 = none; twice the calls", **common)
+    absl_flags.DEFINE_integer("guidance_channels", 0, "guided channels from the first on, 0 = all", **common)
+    absl_flags.DEFINE_float("guidance_power", None, "guidance rises from 1 at the first level, as MDT's with 4", **common)
     absl_flags.DEFINE_integer("batch_size", 64, "images at once", **common)
+    absl_flags.DEFINE_integer("devices", 0, "devices that a batch is split over, 0 = all there are", **common)
     absl_flags.DEFINE_enum("mode", "draw", ["draw", "correct"], "draw images, or run EMD's chain from them", **common)
     absl_flags.DEFINE_integer("langevin_steps", None, "correct: steps of the chain, 300 where not given", **common)
     absl_flags.DEFINE_float("sigma", None, "correct: noise level of the chain, 1 where not given", **common)
@@ -118,9 +123,10 @@ def _sample(
     from diffjax.sampling import generate
 
     prompts = _prompts(values, len(seeds))
+    mesh = _mesh(values.devices)
     if values.model:
         changes = {} if values.compute_dtype is None else {"compute_dtype": values.compute_dtype}
-        run = build.load_model(workdir, **changes)
+        run = build.load_model(workdir, mesh=mesh, **changes)
     else:
         run = build.load_run(workdir)
     _check_labels(labels, run.data.num_classes)
@@ -138,17 +144,38 @@ def _sample(
         plan,
         values.seed,
         seeds,
-        batch_size=min(values.batch_size, len(seeds)),
+        batch_size=_batch(min(values.batch_size, len(seeds)), mesh),
         labels=None if labels is None else np.asarray(labels, np.int32),
         prompts=prompts,
         negative_prompt=values.negative_prompt,
         guidance_scale=values.guidance_scale,
+        guidance_channels=values.guidance_channels,
+        guidance_power=values.guidance_power,
+        mesh=mesh,
     )
     pictures = np.asarray(generate.to_uint8(drawn))
     facts = {"workdir": str(workdir), "step": run.step, "seed": values.seed, "calls": calls}
     if prompts is not None:
-        facts |= {"prompts": prompts, "negative_prompt": values.negative_prompt, "guidance_scale": values.guidance_scale}
+        facts |= {"prompts": prompts, "negative_prompt": values.negative_prompt}
+    if guided:
+        facts |= {name: values[name].value for name in ("guidance_scale", "guidance_channels", "guidance_power")}
     _write(out, images.grid(pictures), {"images": pictures}, seeds, labels, facts)
+
+
+def _mesh(devices: int) -> "jax.sharding.Mesh | None":
+    """Of as many devices, 0 = all; None for a single one. Raises ValueError where there are fewer."""
+    import jax
+
+    from diffjax.runtime import mesh
+
+    if devices < 0:
+        raise ValueError(f"--devices={devices}: expected 0 (all) to {jax.device_count()}")
+    return None if (devices or jax.device_count()) == 1 else mesh.make_mesh(devices or None)
+
+
+def _batch(size: int, mesh: "jax.sharding.Mesh | None") -> int:
+    """The next multiple of the mesh's devices."""
+    return size if mesh is None else -(-size // mesh.size) * mesh.size
 
 
 def _prompts(values: absl_flags.FlagValues, count: int) -> list[str] | None:

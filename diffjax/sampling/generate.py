@@ -60,6 +60,8 @@ def generate_chunks(
     num_classes: int | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    guidance_channels: int = 0,
+    guidance_curve: Callable[[Array, Array], Array] | None = None,
     uncond: guidance.Uncond | None = None,
     transform: Callable[[Array], Array] | None = None,
     finish: Callable[[Array], Array] | None = None,
@@ -70,7 +72,9 @@ def generate_chunks(
 
     cond               per-sample entries (n, ...) with n ids, or scalars that hold for all
     num_classes        labels are drawn per sample where cond has none; given labels must be 0..num_classes
-    guidance_scale     see `guidance.cfg`; None is no guidance. Needs `uncond`; `guidance_interval` is (low, high]
+    guidance_scale     see `guidance.cfg`; None is no guidance. Needs `uncond`; `guidance_interval` is (low, high],
+                       `guidance_channels` how many channels are guided, 0 = all, `guidance_curve` a function of
+                       (guidance_scale, sigma) that gives the scale at sigma
     transform, finish  of each D, and of the final samples (B, ...) inside the compiled program, as `to_uint8`
     sampler            follows the plan, with the signature of `sampling.sample.sample`
     mesh               splits every chunk over its axis "data"; parameters are copied to all its devices, unless they
@@ -84,12 +88,13 @@ def generate_chunks(
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be positive, or None for a network without classes, found {num_classes}")
     _check_sizes(batch_size, mesh)
-    scale, interval = _check_guidance(guidance_scale, guidance_interval, uncond)
+    how = (guidance_channels, guidance_curve)
+    scale, interval = _check_guidance(guidance_scale, guidance_interval, uncond, how)
     cond = _check_cond(cond, len(ids), num_classes)
     if mesh is not None:
         params = _on_mesh(params, mesh)
     draw = num_classes if num_classes is not None and "label" not in cond else None
-    fixed = (sampler, denoise, uncond if scale is not None else None, transform, finish)
+    fixed = (sampler, denoise, uncond if scale is not None else None, how, transform, finish)
 
     def make(ids: Array, cond: dict[str, Array]) -> Array:
         x, cond, key = _start(tuple(shape), draw, plan.noise is not None, mesh, np.uint32(seed), ids, cond)
@@ -144,15 +149,17 @@ def _start(
     return x, cond, _stream(seed, ids, "solver") if stochastic else None
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _chunk(
-    sampler: Callable, denoise: Denoiser, uncond: guidance.Uncond | None, transform: Callable | None, finish: Callable | None,
-    params: Params, plan: Plan, x: Array, key: Key | None, cond: dict, scale: Array | None,
-    interval: tuple[Array, Array] | None,
+    sampler: Callable, denoise: Denoiser, uncond: guidance.Uncond | None, how: tuple[int, Callable | None],
+    transform: Callable | None, finish: Callable | None, params: Params, plan: Plan, x: Array, key: Key | None, cond: dict,
+    scale: Array | None, interval: tuple[Array, Array] | None,
 ) -> Array:  # fmt: skip
     """One chunk from unit noise: sampling and `finish` in one program."""
+    channels, curve = how
     if uncond is not None and interval is None:
-        denoise = guidance.cfg(denoise, scale, uncond)
+        scale_at = scale if curve is None else functools.partial(curve, scale)
+        denoise = guidance.cfg(denoise, scale_at, uncond, channels)
     elif uncond is not None:
         denoise = guidance.interval(denoise, scale, uncond, *interval)
     x = x * jnp.asarray(plan.sigmas[0], x.dtype)
@@ -202,12 +209,15 @@ def _check_sizes(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
 
 
 def _check_guidance(
-    scale: float | None, interval: tuple[float, float] | None, uncond: guidance.Uncond | None
-) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:
+    scale: float | None, interval: tuple[float, float] | None, uncond: guidance.Uncond | None,
+    how: tuple[int, Callable | None],
+) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:  # fmt: skip
     if scale is None:
-        if interval is not None:
-            raise ValueError("guidance_interval needs a guidance_scale")
+        if interval is not None or any(how):
+            raise ValueError("guidance_interval, guidance_channels and guidance_curve need a guidance_scale")
         return None, None
+    if interval is not None and any(how):
+        raise ValueError("guidance_interval is of one scale and all channels: leave guidance_channels and guidance_curve out")
     if uncond is None:
         raise ValueError(
             f"guidance_scale={scale} needs a null class: give uncond (see guidance.null_label), or guidance_scale=None "

@@ -9,6 +9,7 @@ scheduler. Options that our networks do not have are errors: a network that was 
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffjax.core import names, schedules
@@ -22,6 +23,12 @@ _PROCESSES = {
     ("linear", 0.0001, 0.02): "linear", ("scaled_linear", 0.00085, 0.012): "scaled_linear",
     ("scaled_linear", 0.0015, 0.0195): "ldm",
 }  # fmt: skip
+# Stable Diffusion 3's: section `model`, and `sample` with the levels of its times 0.001 and 0.999
+FLOW = MappingProxyType({"precondition": "velocity", "process": "flow", "label_scale": 1000.0})
+FLOW_SAMPLE = MappingProxyType({
+    "solver": "euler", "num_steps": 28, "grid": "discrete", "to_zero": True, "process": "sd3", "sigma_min": 0.003003,
+    "sigma_max": 2997.0,
+})  # fmt: skip
 
 
 def describe(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -218,9 +225,7 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     config = load.read_json(path)
     if config.get("_class_name", "").startswith("FlowMatch"):
         _expect(config, shift=(3.0,), use_dynamic_shifting=(False,), num_train_timesteps=(1000,))
-        levels = {"process": "sd3", "sigma_min": 0.003003, "sigma_max": 2997.0}  # of the times 0.001 and 0.999
-        sample = {"solver": "euler", "num_steps": 28, "grid": "discrete", "to_zero": True, **levels}
-        return {"precondition": "velocity", "process": "flow", "label_scale": 1000.0}, sample
+        return dict(FLOW), dict(FLOW_SAMPLE)
     _expect(config, num_train_timesteps=(1000,), trained_betas=(None,), rescale_betas_zero_snr=(False,))
     betas = tuple(config.get(key, default) for key, default in (("beta_schedule", "linear"), ("beta_start", 1e-4), ("beta_end", 0.02)))
     if betas not in _PROCESSES:

@@ -38,7 +38,7 @@ _RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "shift": "emb_layers.1", "step_shift": "emb_nfe_layers.1",
     "norm2": "out_layers.0", "conv2": "out_layers.3", "skip": "skip_connection",
 }  # fmt: skip
-_PLAIN = ("to_q", "to_k", "to_v", "to_out.0")
+PLAIN = ("to_q", "to_k", "to_v", "to_out.0")
 _PLAIN_2022 = ("query", "key", "value", "proj_attn")
 
 
@@ -110,7 +110,7 @@ def keymap_of(
             return original(transformer_depth, num_blocks, linear, prefix, (heads, head_dim) if is_plain else None)
     if any(name.startswith("down_blocks.") for name in weights):
         middle = "mid_block.attentions.0."
-        plain = [parts for parts in (_PLAIN, _PLAIN_2022) if f"{middle}{parts[0]}.weight" in weights]
+        plain = [parts for parts in (PLAIN, _PLAIN_2022) if f"{middle}{parts[0]}.weight" in weights]
         return diffusers(linear, plain[0] if plain else ())
     raise ValueError(
         f"found names like {sorted(weights)[:3]}; expected a U-Net's, which begin with down_blocks. (the folder unet/ "

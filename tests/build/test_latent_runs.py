@@ -14,9 +14,11 @@ from diffjax import build
 from diffjax.build import companions
 from diffjax.cli import convert, flags, sample
 from diffjax.cli.train import train_and_evaluate
-from diffjax.core import trees
+from diffjax.core import guidance, schedules, trees
 from diffjax.data import sources
 from diffjax.runtime import configs
+from diffjax.runtime import mesh as meshes
+from diffjax.weights import load
 
 TEXTS = ["a photo of a red fox", "a blue car", "the hill.", "a red car on a hill", "fox", "photo of the blue fox"]
 
@@ -61,9 +63,9 @@ def log(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw(run, **options):
+def draw(run, mesh=None, **options):
     plan = build.run_plan(run, **options)
-    return build.draw(run, plan, 0, [0, 1], batch_size=2, prompts=TEXTS[:2], guidance_scale=3.0)
+    return build.draw(run, plan, 0, [0, 1], batch_size=2, prompts=TEXTS[:2], guidance_scale=3.0, mesh=mesh)
 
 
 def test_converted_and_read_are_the_same(place):
@@ -73,6 +75,40 @@ def test_converted_and_read_are_the_same(place):
         np.testing.assert_array_equal(a, b)
     assert configs.to_plain(run.config.model) == configs.to_plain(model.config.model)
     assert run.config.data.companions == str(place / "sd")
+
+
+def test_exported_for_diffusers(place, tmp_path):
+    """The names and bits of the file that the model came from."""
+    assert call(convert, "--export=diffusers", place / "teacher", tmp_path / "unet.safetensors") == 0
+    found, original = load.read(tmp_path / "unet.safetensors"), load.read(place / "sd" / "unet")
+    assert set(found) == set(original)
+    for name in original:
+        np.testing.assert_array_equal(np.asarray(found[name]), np.asarray(original[name]), err_msg=name)
+
+
+def test_two_devices(place):
+    """Weights go there as they are read; pictures are those of one device."""
+    mesh = meshes.make_mesh(2)
+    run = build.load_model(place / "sd", mesh=mesh)
+    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(run.params))
+    expected = draw(build.load_model(place / "sd"), num_steps=4)
+    np.testing.assert_allclose(draw(run, num_steps=4, mesh=mesh), expected, atol=1e-4)  # sums in another order
+
+
+def test_guidance_of_published_samples(place):
+    """On three channels of four, by a scale that rises: the same denoiser, guided by hand."""
+    run = build.load_model(place / "sd")
+    plan = build.run_plan(run, num_steps=4)
+    options = dict(batch_size=2, prompts=TEXTS[:2])
+    found = build.draw(run, plan, 0, [0, 1], guidance_scale=3.0, guidance_channels=3, guidance_power=4.0, **options)
+    table = schedules.named("scaled_linear")
+
+    def scale(sigma):
+        return guidance.power_cosine(table.label(table.time(sigma)) / 1000, 3.0, 4.0)
+
+    guided = run._replace(denoise=guidance.cfg(run.denoise, scale, guidance.negative, channels=3))
+    np.testing.assert_allclose(found, build.draw(guided, plan, 0, [0, 1], **options), atol=1e-5)
+    assert np.abs(found - build.draw(run, plan, 0, [0, 1], guidance_scale=3.0, **options)).max() > 1e-3
 
 
 def test_sfd_v_of_stable_diffusion(place):

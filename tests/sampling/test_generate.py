@@ -33,6 +33,11 @@ def told(params, x, sigma, cond=None, key=None):
     return x.at[..., 0].set(cond["label"].astype(x.dtype)[:, None, None])
 
 
+def two_labels(params, x, sigma, cond=None, key=None):
+    """The label in channels 0 and 1."""
+    return told(params, x, sigma, cond).at[..., 1].set(cond["label"].astype(x.dtype)[:, None, None])
+
+
 def network(params, x, sigma, cond=None, key=None):
     """Two matrix products, whose sums XLA orders by their shape, under EDM's scalings."""
     h = x.reshape(len(x), -1) / jnp.sqrt(1 + sigma**2)
@@ -163,6 +168,16 @@ def test_scale_one_and_levels_outside_the_interval_are_conditional(options):
     assert np.abs(make(network, HEUN, uncond=NULL, guidance_scale=2.0) - conditional).max() > 0.1
 
 
+def test_guided_channels_and_a_curve():
+    """Channel 0 is guided, by a scale that is 3 / 4 at level 4: null + 0.75 (label - null); the others stay."""
+    options = dict(guidance_scale=3.0, uncond=NULL, guidance_curve=lambda scale, sigma: scale / sigma)
+    label = start_one_by_one()[0]
+    found = make(two_labels, LAST, guidance_channels=1, **options)
+    np.testing.assert_array_equal(found[:, 0, 0, 0], CLASSES + 0.75 * (label - CLASSES))
+    np.testing.assert_array_equal(found[:, 0, 0, 1], label)
+    np.testing.assert_array_equal(make(two_labels, LAST, **options)[:, 0, 0, 1], CLASSES + 0.75 * (label - CLASSES))
+
+
 @pytest.mark.fast
 def test_to_uint8():
     images = jnp.array([-1.0, 0.0, 1.0, -1.5, 7.0, 0.5, -0.999])
@@ -186,7 +201,9 @@ def test_transform_and_finish():
     "options, message",
     [
         ({"guidance_scale": 2.0}, r"guidance_scale=2.0 needs a null class: give uncond \(see guidance.null_label"),
-        ({"guidance_interval": (0.1, 1.0)}, "guidance_interval needs a guidance_scale"),
+        ({"guidance_interval": (0.1, 1.0)}, "guidance_channels and guidance_curve need a guidance_scale"),
+        ({"guidance_channels": 3}, "guidance_channels and guidance_curve need a guidance_scale"),
+        ({"guidance_scale": 2.0, "uncond": NULL, "guidance_interval": (1.0, 2.0), "guidance_channels": 1}, "of one scale"),
         ({"guidance_scale": 2.0, "uncond": NULL, "guidance_interval": (2.0, 1.0)}, "needs 0 <= low < high"),
         ({"cond": {"label": [0, 1, 11]}}, r"labels must be 0..10 \(the null class\), found 0..11"),
         ({"cond": {"label": [0, -1, 2]}}, "labels must be 0..10 .* found -1..2"),
