@@ -116,7 +116,8 @@ def cifar10_dir():
 def pytest_collection_modifyitems(items):
     """Files of whole runs first: one of them at the end would keep a single worker busy for minutes."""
     long = ("test_readme.py", "test_notebooks.py", "e2e/", "test_configs.py")
-    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(long))
+    names = {item: item.nodeid.removeprefix("tests/") for item in items}
+    items.sort(key=lambda item: next((i for i, start in enumerate(long) if names[item].startswith(start)), len(long)))
 
 
 def pytest_terminal_summary(terminalreporter):
