@@ -53,6 +53,28 @@ def cfg(denoise: Denoiser, guidance_scale: Scale, uncond: Uncond | None, channel
     return guided
 
 
+def two_strengths(
+    denoise: Denoiser, guidance_scale: Scale, control_strength: Array | float, without_semantics: Uncond, without_all: Uncond
+) -> Denoiser:
+    """Guidance of strength b towards semantics c alone, of strength w towards semantics and control s together. Berrada
+    2024, section 3.1; three calls.
+
+        D = w [b D(c, s) + (1 - b) D(0, s)] + (1 - w) D(0, 0)                                         (3)
+
+    b = `control_strength` = 1 is (1) from (0, 0) to (c, s). The last two make the conditions (0, s) and (0, 0) of (c, s).
+    """
+
+    def guided(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
+        scale = guidance_scale(sigma) if callable(guidance_scale) else guidance_scale
+        both, control, neither = (
+            denoise(params, x, sigma, cond if null is None else null(cond), key)
+            for null in (None, without_semantics, without_all)
+        )
+        return _extrapolate(_extrapolate(both, control, control_strength), neither, scale)
+
+    return guided
+
+
 def power_cosine(u: Array | float, guidance_scale: Array | float, power: Array | float = 4.0) -> Array:
     """1 at pure noise (u = 1) rising to `guidance_scale` at u = 0, the later the larger `power` is. Gao 2023's code.
 
@@ -63,6 +85,14 @@ def power_cosine(u: Array | float, guidance_scale: Array | float, power: Array |
         cfg(denoise, lambda sigma: power_cosine(u_of(sigma), 3.8), uncond)
     """
     return 1 + (guidance_scale - 1) * (1 - jnp.cos(math.pi * (1 - u) ** power)) / 2
+
+
+def rescaled(guidance_scale: float, resolution_scale: float) -> float:
+    """1 + s (w - 1): where to begin a search for the scale of images s times as large, w the best in pre-training.
+
+    Berrada et al. 2024, section 3.4: a rule of thumb. Nothing applies it unasked.
+    """
+    return 1 + resolution_scale * (guidance_scale - 1)
 
 
 def interval(
@@ -118,6 +148,14 @@ def negative(cond: Cond | None) -> Cond:
 
 
 _NEGATIVE = "negative_"
+
+
+def null_control(cond: Cond | None) -> Cond:
+    """`cond` without sizes, crops and flips: every sample's are replaced by the network's own null, see `nn.control`."""
+    some = next((value for value in (cond or {}).values() if value.ndim), None)
+    if some is None:
+        raise ValueError("guidance of control metadata needs conditions, found none: give cond['height'] and the others")
+    return {**cond, "drop_control": jnp.ones(some.shape[0], bool)}
 
 
 def dynamic_threshold(data: Array, quantile: float = 0.995) -> Array:

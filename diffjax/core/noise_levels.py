@@ -75,14 +75,17 @@ DISTRIBUTIONS: dict[str, tuple[Callable[..., Array], Callable[..., Array]]] = {
 }
 
 
-def draw(key: Key, num: int, name: str, **options: float) -> Array:
-    """`num` levels of the distribution `name`, float32 (num,). Raises ValueError as `check`."""
-    check(name, options)
+def draw(key: Key, num: int, name: str, resolution_scale: float = 1.0, **options: float) -> Array:
+    """`num` levels of the distribution `name`, float32 (num,), those of pre-training times `resolution_scale`, see
+    `schedules.rescaled`. Raises ValueError as `check`."""
+    check(name, {"resolution_scale": resolution_scale, **options})
     levels, randomness = DISTRIBUTIONS[name]
-    return levels(randomness(key, (num,), jnp.float32), **options)
+    return levels(randomness(key, (num,), jnp.float32), **options) * resolution_scale
 
 
 def check(name: str, options: Mapping[str, float]) -> None:
     """Raise ValueError for a distribution or an option that does not exist, with the nearest that does."""
     levels, _ = names.lookup(DISTRIBUTIONS, name, "noise distribution")
-    names.check_options(levels, options, f"noise distribution {name!r}")
+    schedules.check_scale(options.get("resolution_scale", 1.0))
+    own = {option: value for option, value in options.items() if option != "resolution_scale"}
+    names.check_options(levels, own, f"noise distribution {name!r}")

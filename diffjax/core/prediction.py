@@ -90,13 +90,20 @@ def convert(
     return from_x0(target, x0, xt, alpha, sigma, sigma_data)
 
 
-def edm_denoiser(network: Network, sigma_data: float = 0.5) -> Denoiser:
-    """(2) with Karras 2022's own coefficients: unit variance for input and target at every level."""
+def edm_denoiser(network: Network, sigma_data: float = 0.5, resolution_scale: float = 1.0) -> Denoiser:
+    """(2) with Karras 2022's own coefficients: unit variance for input and target at every level.
+
+    resolution_scale s: of images s times as large as in pre-training, where s sigma hides as much as sigma did
+    (`schedules.rescaled`). The network is told sigma / s. c_skip, c_out and c_in stay those of sigma itself: they are
+    right for the noise that is in x, and a pixel of a larger image varies by sigma_data as well. A rescaled table does
+    the same: alpha of the noise there is, the index of pre-training.
+    """
+    schedules.check_scale(resolution_scale)
 
     def coefficients(sigma: Array) -> tuple[Array, ...]:
         total = sigma**2 + sigma_data**2
         root = jnp.sqrt(total)
-        return sigma_data**2 / total, sigma * sigma_data / root, 1 / root, jnp.log(sigma) / 4
+        return sigma_data**2 / total, sigma * sigma_data / root, 1 / root, jnp.log(sigma / resolution_scale) / 4
 
     return _preconditioned(network, coefficients)
 

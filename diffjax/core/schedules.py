@@ -19,6 +19,8 @@ so the same map serves the host's sampling grids (`grids.discrete`) and the comp
     Discrete  a table of alpha_bar, as DDPM, LDM and Stable Diffusion     Ho 2020, Rombach 2022
     Shifted   any of these with all levels multiplied by one factor       Hoogeboom 2023, Esser 2024
 
+`rescaled` gives the process of a network for larger images than it was pre-trained on.
+
 >>> from diffjax.core import schedules
 >>> stable_diffusion = schedules.Discrete(schedules.scaled_linear(0.00085, 0.012))
 >>> round(float(stable_diffusion.level(1.0)), 4)
@@ -56,6 +58,12 @@ def logsnr(schedule: Schedule, u: Array) -> Array:
     """log(alpha^2 / sigma^2) at time u."""
     u, xp = _array(u)
     return -2 * xp.log(schedule.level(u))
+
+
+def fraction(schedule: Schedule, level: Array) -> Array:
+    """The time of a noise level as a share of the last one's, 0..1: t / (T - 1) of a table's index t, else u itself."""
+    u = schedule.time(level)
+    return jnp.clip(schedule.label(u) / (schedule.num - 1), 0, 1) if isinstance(schedule, Discrete) else jnp.clip(u, 0, 1)
 
 
 def process(
@@ -263,8 +271,8 @@ class Discrete:
 class Shifted:
     """`base` with every level multiplied by `factor`: more noise (> 1) at the same time, for larger images.
 
-    Going from n to m pixels along a side takes factor m / n (Hoogeboom 2023, Simple Diffusion), for the straight flow
-    of latents Esser 2024, section 5.3.2 uses its square root. It is a change of time, alpha and sigma keep their kind.
+    Going from n to m pixels along a side takes factor m / n (Hoogeboom 2023, Simple Diffusion; Esser 2024, section
+    5.3.2, as the root of the number of pixels). It is a change of time, alpha and sigma keep their kind.
     """
 
     base: Schedule
@@ -284,6 +292,31 @@ class Shifted:
 
     def scale(self, level: Array) -> Array:
         return self.base.scale(level)
+
+
+def rescaled(schedule: Schedule, scale: float) -> Schedule:
+    """`schedule` for images `scale` = s times as large: every level times s, its time and index kept.
+
+    s^2 pixels show what one of the small image did, each with noise of its own, whose mean has the variance
+    (level / s)^2. With s times the level a network is as much in the dark as it was at this time in pre-training;
+    log-SNR is lower by 2 log s. Hoogeboom 2023, section 2; Berrada et al. 2024, figure A1. A table stays one:
+
+        alpha_bar' = alpha_bar / (s^2 - alpha_bar (s^2 - 1))          of the flow: sigma' = s sigma / (1 + (s - 1) sigma)
+
+    Raises ValueError for a scale that is not above 0.
+    """
+    check_scale(scale)
+    if scale == 1:
+        return schedule
+    if isinstance(schedule, Discrete):
+        return Discrete(schedule.alpha_bar / (scale**2 - schedule.alpha_bar * (scale**2 - 1)))
+    return Shifted(schedule, float(scale))
+
+
+def check_scale(scale: float) -> None:
+    """Raises ValueError for a factor of noise levels that is none."""
+    if not 0 < scale < np.inf:
+        raise ValueError(f"found resolution_scale={scale}, expected above 0, for example 2.0 from 256 to 512 pixels")
 
 
 def linear(beta_first: float = 1e-4, beta_last: float = 0.02, num: int = 1000) -> np.ndarray:
@@ -313,14 +346,14 @@ PROCESSES: dict[str, Callable[[], Schedule]] = {
 }
 
 
-def named(name: str) -> Schedule:
-    """The process of PROCESSES called `name`. Raises ValueError for an unknown one."""
-    return names.lookup(PROCESSES, name, "process")()
+def named(name: str, resolution_scale: float = 1.0) -> Schedule:
+    """The process of PROCESSES called `name`, `rescaled`. Raises ValueError for an unknown one."""
+    return rescaled(names.lookup(PROCESSES, name, "process")(), resolution_scale)
 
 
-def table(name: str) -> Discrete:
+def table(name: str, resolution_scale: float = 1.0) -> Discrete:
     """The same where it must be a table of levels. Raises ValueError for one that is not."""
-    schedule = named(name)
+    schedule = named(name, resolution_scale)
     if not isinstance(schedule, Discrete):
         raise ValueError(f"process {name!r} has no table of levels: take linear, scaled_linear or cosine")
     return schedule

@@ -20,8 +20,11 @@ Metrics = Mapping[str, Array]  # float32 scalars; "nonfinite_*" are reserved, se
 # Conditions by name; absent keys (or None) mean "not given". The names in use:
 #   label      int32 (B,), 0..num_classes; num_classes itself is the null class
 #   text       float (B, S, D), tokens of a text encoder; text_mask bool (B, S), true where they are real
+#   text_length  int32 (B,), how many of them are real where the rest is made of these, see nn.control.pad_text
 #   pooled     float (B, P), one vector of the whole text
 #   control    float32 (B, k), numbers a network knows the meaning of: sizes, crops, aspect
+#   height, width, top, left, flip, aspect  float32 (B,), of the training picture and its crop; drop_control bool (B,),
+#              true where the network shall not know them; see nn.control
 #   augment    float32 (B, 9), EDM's non-leaking augmentation labels
 #   step       float32 scalar, what an SFD-v student is told, see sampling.few_step
 #   guidance_scale  float32 (B,), the scale that a guidance-distilled student stands for

@@ -13,7 +13,8 @@ pixel). `distribution` and `weighting` select their three variants: (lognormal, 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +40,8 @@ class Settings:
     weighting, weighting_options: a key of weighting.WEIGHTINGS and its options.
     variance_weight: lambda of the hybrid loss (Nichol & Dhariwal 2021), where the network says its variance.
     label_dropout: probability that a label becomes the null class `num_classes` (0 where no guidance is wanted), or a
-      text the empty one. texts: batches have texts in place of labels.
+      text the empty one. texts: batches have texts in place of labels. control_dropout: that a sample's sizes, crop and
+      flip are not told, see `nn.control`.
     assign, assign_options: how noise is given to images, a key of `assign.pair.METHODS` and the options of
       `assign.pair.training_noise`: immiscible diffusion.
     """
@@ -50,6 +52,7 @@ class Settings:
     weighting_options: Mapping[str, float] = dataclasses.field(default_factory=dict)
     variance_weight: float = 0.001
     label_dropout: float = 0.0
+    control_dropout: float = 0.0
     texts: bool = False
     num_classes: int = 0
     assign: str = "none"
@@ -80,11 +83,14 @@ def make(
     learning_rate: Callable[[Array], Array],
     prepare: Callable[[Batch, Key], Batch] | None = None,
     variance: VarianceDenoiser | None = None,
+    masked: Sequence[Denoiser | VarianceDenoiser] = (),
 ) -> Method:
     """EDM as a Method. The batch holds image (B, H, W, C) float32 in [-1, 1] and optionally label (B,) int32 and
     augment (B, 9); `prepare(batch, key)` makes that of what the loader gives (augmentation, uint8 to float). All
     but the image is passed to the network as its condition. The network's dropout is on. `variance`: of a network that
-    says its variance, which then is trained too, by `variance_bound`; the levels must be "discrete".
+    says its variance, which then is trained too, by `variance_bound`; the levels must be "discrete". `masked`: passes of the
+    same network that see some tokens only, as many of its kind as there are numbers of tokens; one, drawn for the step, has
+    its loss at the same image and level but with other noise, and both losses are added (Gao 2023, MDTv2's code).
 
     `optimizer` has no learning rate of its own, `learning_rate` maps the iteration to it. Metrics, float32: loss;
     loss_sigma_0..3, its mean over each quarter of the batch in order of noise level (as many as samples in a smaller
@@ -108,21 +114,28 @@ def make(
         image = take_image(batch)
         noise, found = pair.training_noise(keys.noise, image, batch, settings.assign, **settings.assign_options)
         cond = drop_labels(keys.label, batch, settings.label_dropout, settings.num_classes)
+        cond = drop_control(jax.random.fold_in(keys.label, 1), cond, settings.control_dropout, len(image))
         sigma = noise_levels.draw(keys.level, image.shape[0], settings.distribution, **settings.distribution_options)
 
-        def objective(params: Params) -> tuple[Array, Array]:
-            if variance is None:
-                pixels = loss(settings, denoise, params, image, sigma, noise, cond, keys.dropout)
-            else:
-                pixels = hybrid_loss(settings, variance, params, image, sigma, noise, cond, keys.dropout)
-            per_sample_loss = jnp.sum(pixels, axis=(1, 2, 3))
-            return jnp.mean(per_sample_loss), per_sample_loss
+        def summed(network: Denoiser | VarianceDenoiser, params: Params, noise: Array, key: Key) -> Array:
+            pixels = (loss if variance is None else hybrid_loss)(settings, network, params, image, sigma, noise, cond, key)
+            return jnp.sum(pixels, axis=(1, 2, 3))
 
-        (value, per_sample_loss), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        def objective(params: Params) -> tuple[Array, tuple[Array, Array]]:
+            whole = summed(denoise if variance is None else variance, params, noise, keys.dropout)
+            if not masked:
+                return jnp.mean(whole), (whole, jnp.float32(0))
+            other = jax.random.normal(jax.random.fold_in(keys.noise, 1), noise.shape)
+            passes = [functools.partial(summed, network, params, other) for network in masked]
+            which = jax.random.randint(jax.random.fold_in(keys.dropout, 1), (), 0, len(passes))
+            extra = jnp.mean(jax.lax.switch(which, passes, jax.random.fold_in(keys.dropout, 2)))
+            return jnp.mean(whole) + extra, (whole, extra)
+
+        (value, (per_sample_loss, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        values |= _loss_by_level(per_sample_loss, sigma) | found
+        values |= _loss_by_level(per_sample_loss, sigma) | found | ({"loss_masked": extra} if masked else {})
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
         return EDMState(params, opt_state), {**metrics, "nonfinite_leaf": trees.first_nonfinite(grads)}
 
@@ -159,7 +172,8 @@ def hybrid_loss(
     noisy = image + per_sample(sigma, image) * noise
     data, fraction = variance(params, noisy, sigma, cond, key)
     weight = weighting.weigh(settings.weighting, sigma, **settings.weighting_options)
-    table = schedules.table(settings.distribution_options.get("process", "linear"))
+    options = settings.distribution_options
+    table = schedules.table(options.get("process", "linear"), options.get("resolution_scale", 1.0))
     bits = variance_bound.bound(table, image, noisy, sigma, data, fraction)
     return per_sample(weight, image) * (data - image) ** 2 + per_sample(settings.variance_weight * table.num * bits, image)
 
@@ -187,6 +201,11 @@ def drop_labels(key: Key, cond: Cond, probability: float, num_classes: int) -> C
     return {**cond, **{name: jnp.where(per_sample(drop, value), value, cond[name]) for name, value in empty.items()}}
 
 
+def drop_control(key: Key, cond: Cond, probability: float, num: int) -> Cond:
+    """`cond` with drop_control (num,), true with `probability`; unchanged for 0. Berrada 2024, section 3.1."""
+    return {**cond, "drop_control": jax.random.bernoulli(key, probability, (num,))} if probability else cond
+
+
 def take_image(batch: dict[str, Array]) -> Array:
     """The image (B, H, W, C), taken out of `batch`. Raises ValueError where there is none, or none to train on."""
     if "image" not in batch:
@@ -212,7 +231,8 @@ def _check(settings: Settings) -> None:
     noise_levels.check(settings.distribution, settings.distribution_options)
     weighting.check(settings.weighting, settings.weighting_options)
     pair.check_options(settings.assign, settings.assign_options)
-    if not 0 <= settings.label_dropout <= 1:
-        raise ValueError(f"label_dropout is a probability, found {settings.label_dropout}")
+    for name in ("label_dropout", "control_dropout"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} is a probability, found {getattr(settings, name)}")
     if settings.label_dropout and not (settings.num_classes or settings.texts):
         raise ValueError("label_dropout needs labels: set data.num_classes, or label_dropout = 0")

@@ -9,7 +9,8 @@ from diffjax.core.types import Array, Batch, Key, Metrics
 
 
 # conditions that come with a batch of prompts, see build.encoded
-TEXT = tuple(prefix + name for prefix in ("", "negative_") for name in ("text", "text_mask", "pooled", "control"))
+_TOLD = ("text", "text_mask", "text_length", "pooled", "control")
+TEXT = tuple(prefix + name for prefix in ("", "negative_") for name in _TOLD)
 
 
 class FromNoise(Protocol):

@@ -19,6 +19,7 @@ The six vectors of a block are Linear(SiLU(c)), which starts at zero as the outp
 Learned variance is twice as many output channels; weights of the authors and of diffusers map by `weights.dit`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ from flax import nnx
 from diffjax.core import names
 from diffjax.core.types import Array, Cond, Key
 from diffjax.nn import embeddings, stack
+from diffjax.nn import positions as tables
+from diffjax.nn.control import Control
 from diffjax.nn.layers import Embedding, Linear
 from diffjax.nn.norms import LayerNorm
 from diffjax.nn.patches import PatchEmbedding, unpatchify
@@ -48,10 +51,12 @@ class DiT(nnx.Module):
     """x (B, R, R, channels), noise_label (B,) -> (B, R, R, out_channels), R = image_size. Peebles & Xie 2023, 3.2.
 
     cond: label int (B,), absent = the null class num_classes; with text_width, text (B, S, text_width) and optionally
-    text_mask (B, S). num_classes=0 has no label. qk_norm: RMS-normalised queries and keys, in all attention.
+    text_mask (B, S). num_classes=0 has no label. qk_norm: RMS-normalised queries and keys, in all attention. metadata:
+    the arguments of `nn.control.Control`, whose vector joins c. positions: where tokens are, a mode of `nn.positions`,
+    for networks that were pre-trained on base_size tokens a side, 0 = as many as this one has.
 
-    Raises ValueError for sizes that do not divide, an unknown condition, images of another size, and for conditions
-    that are missing or that the network does not have.
+    Raises ValueError for sizes that do not divide, an unknown condition or mode, images of another size, and for
+    conditions that are missing or that the network does not have.
     """
 
     def __init__(
@@ -68,6 +73,9 @@ class DiT(nnx.Module):
         condition: str = "norm",
         text_width: int = 0,
         qk_norm: bool = False,
+        metadata: Mapping[str, Any] | None = None,
+        positions: str = "extrap",
+        base_size: float = 0,
         dtype: Any = None,
         remat: str = "",
         *,
@@ -76,7 +84,9 @@ class DiT(nnx.Module):
         check_sizes(image_size, patch, width, heads)
         stack.check(remat)
         self.image_size, self.channels, self.patch, self.width, self.remat = image_size, channels, patch, width, remat
-        self.conditions = Conditions(width, num_classes, condition, text_width, dtype, rngs=rngs)
+        self.positions, self.base_size = positions, base_size or image_size // patch
+        tables.check(self.positions, self.base_size)
+        self.conditions = Conditions(width, num_classes, condition, text_width, metadata, dtype, rngs=rngs)
         self.embed = PatchEmbedding(patch, channels, width, dtype=dtype, rngs=rngs)
         options = dict(hidden=int(width * mlp_ratio), cross=CONDITIONS[condition], qk_norm=qk_norm, dtype=dtype)
         self.blocks = stack.stacked(lambda rngs: Block(width, heads, **options, rngs=rngs), depth, rngs=rngs)
@@ -88,7 +98,7 @@ class DiT(nnx.Module):
         c_BD, context = self.conditions(noise_label, cond or {})
         tokens = self.embed(x)
         side = self.image_size // self.patch
-        tokens = add_positions(tokens, embeddings.grid(np.arange(side), np.arange(side), self.width)[None])
+        tokens = add_positions(tokens, tables.table(self.positions, side, self.base_size, self.width)[None])
         tokens, _ = stack.scan(
             self.blocks, lambda block, x, _: (block(x, c_BD, context), None), tokens, policy=self.remat
         )
@@ -99,8 +109,9 @@ class Conditions(nnx.Module):
     """Noise label (B,) and conditions -> SiLU of what modulates (B, width); None or (tokens (B, S, width), mask)."""
 
     def __init__(
-        self, width: int, num_classes: int, condition: str, text_width: int, dtype: Any = None, *, rngs: nnx.Rngs
-    ):
+        self, width: int, num_classes: int, condition: str, text_width: int, metadata: Mapping[str, Any] | None = None,
+        dtype: Any = None, *, rngs: nnx.Rngs,
+    ):  # fmt: skip
         self.attend = names.lookup(CONDITIONS, condition, "model.condition")
         if text_width and (num_classes or not self.attend):
             raise ValueError(
@@ -111,11 +122,14 @@ class Conditions(nnx.Module):
             raise ValueError("condition='attention' has nothing to attend to: set num_classes or model.text_width")
         self.num_classes, self.text_width = num_classes, text_width
         self.time = embeddings.NoiseEmbedding(width, rngs=rngs)
+        self.metadata = Control(width, **metadata, rngs=rngs) if metadata else None
         self.label = Embedding(num_classes + 1, width, rngs=rngs) if num_classes else None
         self.text = Mlp(text_width, width, width, dtype=dtype, rngs=rngs) if text_width else None
 
     def __call__(self, noise_label_B: Array, cond: Cond) -> tuple[Array, tuple[Array, Array | None] | None]:
         c_BD, batch = self.time(noise_label_B), noise_label_B.shape[0]
+        if self.metadata is not None:
+            c_BD = c_BD + self.metadata(cond, batch)
         if self.text is not None:
             return jax.nn.silu(c_BD), (self.text(_checked_text(cond, batch, self.text_width)), cond.get("text_mask"))
         if cond.get("text") is not None:

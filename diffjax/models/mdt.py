@@ -25,6 +25,7 @@ map by `weights.mdt`.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -87,6 +88,7 @@ class MDT(nnx.Module):
         condition: str = "norm",
         text_width: int = 0,
         qk_norm: bool = False,
+        metadata: Mapping[str, Any] | None = None,
         dtype: Any = None,
         remat: str = "",
         *,
@@ -102,7 +104,7 @@ class MDT(nnx.Module):
             )
         self.image_size, self.channels, self.patch, self.remat = image_size, channels, patch, remat
         self.side = image_size // patch
-        self.conditions = Conditions(width, num_classes, condition, text_width, dtype, rngs=rngs)
+        self.conditions = Conditions(width, num_classes, condition, text_width, metadata, dtype, rngs=rngs)
         self.embed = PatchEmbedding(patch, channels, width, dtype=dtype, rngs=rngs)
         table = embeddings.grid(np.arange(self.side), np.arange(self.side), width)[None]
         # an array each: a step that gives its parameters' memory away may not do so twice

@@ -23,6 +23,7 @@ centre of a grid of max_grid x max_grid tokens, in steps of base_size / n for th
 Weights of Stability and of diffusers map by `weights.mmdit`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from diffjax.core.types import Array, Cond, Key
 from diffjax.models.dit import Head, add_positions, check_sizes
 from diffjax.nn import embeddings, stack
 from diffjax.nn.attention import attend
+from diffjax.nn.control import Control
 from diffjax.nn.layers import Embedding, Init, Linear
 from diffjax.nn.norms import LayerNorm
 from diffjax.nn.patches import PatchEmbedding, unpatchify
@@ -59,6 +61,8 @@ class MMDiT(nnx.Module):
     attends to padding. num_classes: label int (B,) in their place, absent = the null class num_classes; its vector is
     the only text token, and what is pooled. qk_norm: RMS-normalised queries and keys, in each stream by its own scale.
 
+    metadata: the arguments of `nn.control.Control`, whose vector joins c.
+
     stored_positions: the table of positions is among the weights, never trained, as in published files, whose tables
     need not be the formula's.
 
@@ -83,6 +87,7 @@ class MMDiT(nnx.Module):
         max_grid: int = 192,
         base_size: float = 16,
         stored_positions: bool = False,
+        metadata: Mapping[str, Any] | None = None,
         dtype: Any = None,
         remat: str = "",
         *,
@@ -99,7 +104,7 @@ class MMDiT(nnx.Module):
         self.channels, self.patch, self.width, self.remat, self.mask_text = channels, patch, width, remat, mask_text
         self.max_grid, self.step, self.origin = max_grid, base_size / side, (max_grid - side) / 2
         self.positions = nnx.Param(self._grid(max_grid, max_grid)) if stored_positions else None
-        self.conditions = Conditions(width, num_classes, text_width, pooled_width, dtype=dtype, rngs=rngs)
+        self.conditions = Conditions(width, num_classes, text_width, pooled_width, metadata, dtype, rngs=rngs)
         self.embed = PatchEmbedding(patch, channels, width, dtype=dtype, rngs=rngs)
         options = dict(heads=heads, qk_norm=qk_norm, dtype=dtype)
         self.blocks = stack.stacked(lambda rngs: JointBlock(width, **options, rngs=rngs), depth - 1, rngs=rngs)
@@ -154,10 +159,12 @@ class Conditions(nnx.Module):
     """Noise label (B,) and conditions -> SiLU(c) (B, D), text (B, S, D), and where it is real (B, S) or None."""
 
     def __init__(
-        self, width: int, num_classes: int, text_width: int, pooled_width: int, dtype: Any = None, *, rngs: nnx.Rngs
-    ):
+        self, width: int, num_classes: int, text_width: int, pooled_width: int, metadata: Mapping[str, Any] | None = None,
+        dtype: Any = None, *, rngs: nnx.Rngs,
+    ):  # fmt: skip
         self.num_classes, self.text_width, self.pooled_width = num_classes, text_width, pooled_width
         self.noise = embeddings.NoiseEmbedding(width, rngs=rngs)
+        self.metadata = Control(width, **metadata, rngs=rngs) if metadata else None
         self.label = Embedding(num_classes + 1, width, rngs=rngs) if num_classes else None
         self.text = None if num_classes else Linear(text_width, width, init=XAVIER, dtype=dtype, rngs=rngs)
         pooled = width if num_classes else pooled_width
@@ -165,6 +172,8 @@ class Conditions(nnx.Module):
 
     def __call__(self, x: Array, noise_label_B: Array, cond: Cond) -> tuple[Array, Array, Array | None]:
         c_BD = self.noise(noise_label_B)
+        if self.metadata is not None:
+            c_BD = c_BD + self.metadata(cond, x.shape[0])
         if self.label is not None:
             label_BD = self._class(x, cond)
             return jax.nn.silu(c_BD + self.pooled(label_BD)), label_BD[:, None, :].astype(x.dtype), None

@@ -21,6 +21,7 @@ Published networks: text_width=4096, text_length=120, base_size 16 at 256 pixels
 divided by a scale of 2), controls=3 at 1024. Their weights map by `weights.pixart`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from flax import nnx
 from diffjax.core.types import Array, Cond, Key
 from diffjax.models.dit import add_positions, check_sizes
 from diffjax.nn import embeddings, stack
+from diffjax.nn.control import Control
 from diffjax.nn.layers import Embedding, Init, Linear
 from diffjax.nn.norms import LayerNorm
 from diffjax.nn.patches import PatchEmbedding, unpatchify
@@ -46,7 +48,8 @@ class PixArt(nnx.Module):
     tokens are real. Where text is absent, and for samples whose mask is false everywhere, the caption is a random
     table that is stored with the weights but never trained. text_length=0 has no such table and takes any number of
     tokens. controls=3: control (B, 3), height and width of the picture in pixels and their ratio. num_classes: label
-    int (B,) is a single token in place of text, absent = the null class num_classes (Berrada 2024).
+    int (B,) is a single token in place of text, absent = the null class num_classes (Berrada 2024). metadata: the
+    arguments of `nn.control.Control`, whose vector joins c, for the blocks and for the head.
 
     Raises ValueError for sizes that do not divide, for images of another kind, and for conditions that are missing,
     misshapen, or that the network does not have.
@@ -66,6 +69,7 @@ class PixArt(nnx.Module):
         num_classes: int = 0,
         controls: int = 0,
         base_size: float = 16,
+        metadata: Mapping[str, Any] | None = None,
         dtype: Any = None,
         remat: str = "",
         *,
@@ -75,6 +79,7 @@ class PixArt(nnx.Module):
         stack.check(remat)
         self.channels, self.patch, self.width, self.base_size, self.remat = channels, patch, width, base_size, remat
         self.time = TimeAndSize(width, controls, rngs=rngs)
+        self.metadata = Control(width, **metadata, rngs=rngs) if metadata else None
         self.caption = None if num_classes else Caption(width, text_width, text_length, dtype=dtype, rngs=rngs)
         self.num_classes = num_classes
         self.label = Embedding(num_classes + 1, width, rngs=rngs) if num_classes else None
@@ -89,6 +94,8 @@ class PixArt(nnx.Module):
             raise ValueError(f"found images of shape {x.shape}, expected (batch, height, width, {self.channels})")
         cond = cond or {}
         c_BD = self.time(noise_label, cond.get("control"))
+        if self.metadata is not None:
+            c_BD = c_BD + self.metadata(cond, x.shape[0])
         modulation_BD, context = self.modulation(jax.nn.silu(c_BD)), self._context(x, cond)
         tokens = self.embed(x)
         rows, columns = x.shape[1] // self.patch, x.shape[2] // self.patch

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from diffjax.core.types import Array
-from diffjax.models.text import check_ids
+from diffjax.models.text import check_ids, check_mask
 from diffjax.nn import stack
 from diffjax.nn.attention import attend
 from diffjax.nn.layers import Embedding, Linear
@@ -75,9 +75,7 @@ class T5(nnx.Module):
 
     def __call__(self, ids_BL: Array, mask_BL: Array | None = None) -> Array:
         check_ids(ids_BL, 0)
-        if mask_BL is not None and (mask_BL.shape != ids_BL.shape or mask_BL.dtype != jnp.bool_):
-            found = f"{mask_BL.dtype}{list(mask_BL.shape)}"
-            raise ValueError(f"found a mask {found}, expected bool{list(ids_BL.shape)}, of the shape of the ids")
+        check_mask(mask_BL, ids_BL)
         length = ids_BL.shape[1]
         relative = np.arange(length)[None, :] - np.arange(length)[:, None]
         bias_LLN = self.distances(jnp.asarray(bucket(relative, self.buckets, self.max_distance)))

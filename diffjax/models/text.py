@@ -133,3 +133,10 @@ def check_ids(ids_BL: Array, length: int) -> None:
         raise ValueError(f"found ids {ids_BL.dtype}{list(ids_BL.shape)}, expected integers (B, L), as of a tokeniser")
     if length and ids_BL.shape[1] > length:
         raise ValueError(f"found {ids_BL.shape[1]} tokens, expected {length} at most: cut the texts before")
+
+
+def check_mask(mask_BL: Array | None, ids_BL: Array) -> None:
+    """Raises ValueError unless the mask is bool, of the shape of the ids, or None."""
+    if mask_BL is not None and (mask_BL.shape != ids_BL.shape or mask_BL.dtype != jnp.bool_):
+        found = f"{mask_BL.dtype}{list(mask_BL.shape)}"
+        raise ValueError(f"found a mask {found}, expected bool{list(ids_BL.shape)}, of the shape of the ids")

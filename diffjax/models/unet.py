@@ -17,6 +17,7 @@ the index 0..999 of DDPM's noise level, or any number of that size. Conditions:
     pooled          (B, pooled_width), the text as one vector
     control         (B, controls) numbers, each as 256 cosines and sines; SDXL's are height and width of the original,
                     top and left of the crop, height and width of the wanted picture
+    height, ...     with metadata, the arguments of `nn.control.Control`: numbers (B,) that join the noise embedding
     step            with step_condition: what an SFD-v student is told (Zhou 2024): a second embedding, and a second
                     projection of it in every residual block
     guidance_scale  with guidance_condition: (B,), added to the noise features from zero weights (Meng 2023)
@@ -39,6 +40,7 @@ from diffjax.models.unet_blocks import (
     GROUPS, INIT, ZERO, PlainAttention, ResBlock, SpatialTransformer, Style, downsample, upsample,
 )  # fmt: skip
 from diffjax.nn import embeddings, stack
+from diffjax.nn.control import Control
 from diffjax.nn.layers import Conv, Embedding, Linear
 from diffjax.nn.norms import GroupNorm
 from diffjax.nn.transformer import Mlp
@@ -120,6 +122,7 @@ class UNet(nnx.Module):
         zero_init_step: bool = False,
         guidance_condition: bool = False,
         attention: str = "transformer",
+        metadata: Mapping[str, Any] | None = None,
         dtype: Any = None,
         remat: str = "",
         *,
@@ -133,6 +136,7 @@ class UNet(nnx.Module):
         self.halvings = len(depths) - 1
         self._check_size(image_size, image_size)
         self._make_embeddings(guidance_condition, rngs)
+        self.metadata = Control(4 * width, **metadata, rngs=rngs) if metadata else None
         style = Style(4 * width, dropout, step_condition, zero_init_step, dtype=dtype)
         self.conv_in = Conv(channels, width, 3, init=INIT, dtype=dtype, rngs=rngs)
         self._make_levels([width * mult for mult in channel_mult], num_blocks, depths, heads, head_dim, style, rngs)
@@ -245,6 +249,8 @@ class UNet(nnx.Module):
         embedding = self.time(features)
         if self.pooled_width or self.controls:
             embedding = embedding + self.added(self._added_features(noise_label.shape[0], cond).astype(embedding.dtype))
+        if self.metadata is not None:
+            embedding = embedding + self.metadata(cond, noise_label.shape[0])
         return jax.nn.silu(embedding)
 
     def _added_features(self, batch: int, cond: Cond) -> Array:

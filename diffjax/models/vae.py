@@ -80,12 +80,11 @@ class AutoencoderKL(nnx.Module):
 
     def encode(self, x_BHWC: Array, key: Key) -> Array:
         """Latents drawn with `key`, and scaled, eq. 1."""
-        mean, logvar = self.moments(x_BHWC)
-        return self._scaled(mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype))
+        return draw(*self.moments(x_BHWC), key, self.scale, self.shift)
 
     def encode_mean(self, x_BHWC: Array) -> Array:
         """Latents without their noise, scaled."""
-        return self._scaled(self.moments(x_BHWC)[0])
+        return (self.moments(x_BHWC)[0] - self.shift) * self.scale
 
     def decode(self, z_BHWC: Array) -> Array:
         """Images (B, H, W, C) of scaled latents (B, H/f, W/f, c), eq. 3, in their type; about -1..1, not clipped."""
@@ -94,8 +93,11 @@ class AutoencoderKL(nnx.Module):
         h = h if self.post_quant_conv is None else self.post_quant_conv(h)
         return self.decoder(h).astype(z_BHWC.dtype)
 
-    def _scaled(self, z_BHWC: Array) -> Array:
-        return (z_BHWC - self.shift) * self.scale
+
+def draw(mean_BHWC: Array, logvar_BHWC: Array, key: Key, scale: float = 1.0, shift: float = 0.0) -> Array:
+    """Latents (B, H/f, W/f, c) drawn with `key`, and scaled, eq. 1."""
+    noise = jax.random.normal(key, mean_BHWC.shape, mean_BHWC.dtype)
+    return (mean_BHWC + jnp.exp(logvar_BHWC / 2) * noise - shift) * scale
 
 
 class VQModel(nnx.Module):

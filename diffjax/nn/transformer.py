@@ -40,11 +40,11 @@ class Mlp(nnx.Module):
 
     def __init__(
         self, width: int, hidden: int, outputs: int = 0, activation: Callable[[Array], Array] = gelu, init: Init = XAVIER,
-        dtype: Any = None, *, rngs: nnx.Rngs,
+        init_out: Init | None = None, dtype: Any = None, *, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.activation = activation
         self.expand = Linear(width, hidden, init=init, dtype=dtype, rngs=rngs)
-        self.contract = Linear(hidden, outputs or width, init=init, dtype=dtype, rngs=rngs)
+        self.contract = Linear(hidden, outputs or width, init=init_out or init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.contract(self.activation(self.expand(x)))

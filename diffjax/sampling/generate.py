@@ -62,6 +62,7 @@ def generate_chunks(
     guidance_interval: tuple[float, float] | None = None,
     guidance_channels: int = 0,
     guidance_curve: Callable[[Array, Array], Array] | None = None,
+    control_strength: float | None = None,
     uncond: guidance.Uncond | None = None,
     transform: Callable[[Array], Array] | None = None,
     finish: Callable[[Array], Array] | None = None,
@@ -74,7 +75,8 @@ def generate_chunks(
     num_classes        labels are drawn per sample where cond has none; given labels must be 0..num_classes
     guidance_scale     see `guidance.cfg`; None is no guidance. Needs `uncond`; `guidance_interval` is (low, high],
                        `guidance_channels` how many channels are guided, 0 = all, `guidance_curve` a function of
-                       (guidance_scale, sigma) that gives the scale at sigma
+                       (guidance_scale, sigma) that gives the scale at sigma. control_strength: that of
+                       `guidance.two_strengths`, whose (0, s) is `uncond`, and (0, 0) that without control metadata too
     transform, finish  of each D, and of the final samples (B, ...) inside the compiled program, as `to_uint8`
     sampler            follows the plan, with the signature of `sampling.sample.sample`
     mesh               splits every chunk over its axis "data"; parameters are copied to all its devices, unless they
@@ -88,7 +90,7 @@ def generate_chunks(
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be positive, or None for a network without classes, found {num_classes}")
     _check_sizes(batch_size, mesh)
-    how = (guidance_channels, guidance_curve)
+    how = (guidance_channels, guidance_curve, control_strength)
     scale, interval = _check_guidance(guidance_scale, guidance_interval, uncond, how)
     cond = _check_cond(cond, len(ids), num_classes)
     if mesh is not None:
@@ -151,14 +153,17 @@ def _start(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _chunk(
-    sampler: Callable, denoise: Denoiser, uncond: guidance.Uncond | None, how: tuple[int, Callable | None],
+    sampler: Callable, denoise: Denoiser, uncond: guidance.Uncond | None, how: tuple[int, Callable | None, float | None],
     transform: Callable | None, finish: Callable | None, params: Params, plan: Plan, x: Array, key: Key | None, cond: dict,
     scale: Array | None, interval: tuple[Array, Array] | None,
 ) -> Array:  # fmt: skip
     """One chunk from unit noise: sampling and `finish` in one program."""
-    channels, curve = how
-    if uncond is not None and interval is None:
-        scale_at = scale if curve is None else functools.partial(curve, scale)
+    channels, curve, strength = how
+    scale_at = scale if curve is None else functools.partial(curve, scale)
+    if uncond is not None and strength is not None:
+        neither = lambda cond: guidance.null_control(uncond(cond))  # noqa: E731
+        denoise = guidance.two_strengths(denoise, scale_at, strength, uncond, neither)
+    elif uncond is not None and interval is None:
         denoise = guidance.cfg(denoise, scale_at, uncond, channels)
     elif uncond is not None:
         denoise = guidance.interval(denoise, scale, uncond, *interval)
@@ -210,14 +215,16 @@ def _check_sizes(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
 
 def _check_guidance(
     scale: float | None, interval: tuple[float, float] | None, uncond: guidance.Uncond | None,
-    how: tuple[int, Callable | None],
+    how: tuple[int, Callable | None, float | None],
 ) -> tuple[np.ndarray | None, tuple[np.ndarray, np.ndarray] | None]:  # fmt: skip
     if scale is None:
-        if interval is not None or any(how):
-            raise ValueError("guidance_interval, guidance_channels and guidance_curve need a guidance_scale")
+        if interval is not None or how != (0, None, None):
+            raise ValueError("guidance_interval, _channels, _curve and control_strength need a guidance_scale")
         return None, None
-    if interval is not None and any(how):
-        raise ValueError("guidance_interval is of one scale and all channels: leave guidance_channels and guidance_curve out")
+    if interval is not None and how != (0, None, None):
+        raise ValueError("guidance_interval is of one scale, all channels and one strength: leave the other options out")
+    if how[0] and how[2] is not None:
+        raise ValueError("control_strength guides all channels: leave guidance_channels out")
     if uncond is None:
         raise ValueError(
             f"guidance_scale={scale} needs a null class: give uncond (see guidance.null_label), or guidance_scale=None "

@@ -52,6 +52,28 @@ def test_some_channels():
         guidance.cfg(denoise, 2.5, NULL, channels=5)({}, x, 1.0, COND)
 
 
+def sized(params, x, sigma, cond=None, key=None):
+    """`denoise`, and the height of a sample, 0 where it is dropped."""
+    height = jnp.where(cond.get("drop_control", jnp.zeros(len(x), bool)), 0.0, cond["height"])
+    return denoise(params, x, sigma, cond) + height.reshape(-1, 1, 1, 1)
+
+
+def test_two_strengths():
+    cond = {**COND, "height": jnp.array([3.0, 1.0, -2.0, 5.0])}
+    neither = lambda cond: guidance.null_control(NULL(cond))  # noqa: E731
+    d = [sized({}, X, 1.0, given) for given in (cond, NULL(cond), neither(cond))]
+    found = guidance.two_strengths(sized, 4.0, 0.75, NULL, neither)({}, X, 1.0, cond)
+    np.testing.assert_allclose(found, 4 * (0.75 * d[0] + 0.25 * d[1]) - 3 * d[2], rtol=1e-5, atol=1e-5)  # float32
+    one = guidance.two_strengths(sized, 1.0, 1.0, NULL, neither)({}, X, 1.0, cond)
+    np.testing.assert_allclose(one, d[0], rtol=1e-5, atol=1e-5)
+    plain = guidance.cfg(sized, 4.0, neither)({}, X, 1.0, cond)
+    np.testing.assert_allclose(guidance.two_strengths(sized, 4.0, 1.0, NULL, neither)({}, X, 1.0, cond), plain, rtol=1e-5, atol=1e-5)
+    by_level = guidance.two_strengths(sized, lambda sigma: 4.0 * sigma, jnp.float32(0.75), NULL, neither)({}, X, 1.0, cond)
+    np.testing.assert_allclose(by_level, found, rtol=1e-6)
+    with pytest.raises(ValueError, match="control metadata needs conditions, found none"):
+        guidance.null_control({})
+
+
 def test_power_cosine():
     index = jnp.array([0.0, 100.0, 250.0, 500.0, 999.0])
     found = guidance.power_cosine(index / 1000, 3.8)
@@ -109,6 +131,12 @@ def test_scale_and_interval_are_traced():
     for values in [(1.0, 0.1, 2.0, 1.0), (3.0, 0.2, 1.5, 0.1)]:
         run(*(jnp.float32(v) for v in values))
     assert run._cache_size() == 1
+
+
+def test_a_scale_for_larger_images():
+    """No guidance stays none, the distance from it grows with the size, and scales multiply."""
+    assert guidance.rescaled(1.0, 2.0) == 1 and guidance.rescaled(4.0, 2.0) == 7 and guidance.rescaled(4.0, 1.0) == 4
+    assert guidance.rescaled(guidance.rescaled(4.0, 2.0), 1.5) == guidance.rescaled(4.0, 3.0)
 
 
 def test_null_label_keeps_the_rest():

@@ -62,6 +62,23 @@ def test_options_reach_the_distribution():
     np.testing.assert_allclose(moved / plain, np.e, rtol=1e-5)  # float32 exponentials
 
 
+@pytest.mark.parametrize("name", noise_levels.DISTRIBUTIONS)
+def test_a_resolution_scale_multiplies_every_draw(name):
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(
+        noise_levels.draw(key, 64, name, resolution_scale=2.0), 2 * noise_levels.draw(key, 64, name)
+    )
+    with pytest.raises(ValueError, match="found resolution_scale=0, expected above 0"):
+        noise_levels.check(name, {"resolution_scale": 0})
+
+
+def test_a_rescaled_table_is_drawn_at_its_knots():
+    found = np.unique(noise_levels.draw(jax.random.key(0), 1 << 15, "discrete", resolution_scale=2.0))
+    table = schedules.table("linear", 2.0)
+    # 1000 levels, each missed by 32768 draws with a probability of e^-33; float32
+    np.testing.assert_allclose(found, table.level(np.arange(1, 1001) / 1000), rtol=2e-7)
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="unknown noise distribution 'log_normal'; did you mean 'lognormal'"):
         noise_levels.draw(jax.random.key(0), 2, "log_normal")

@@ -18,8 +18,9 @@ ALL = {
     "discrete": SD,
     "shifted_cosine": schedules.Shifted(schedules.Cosine(), 4.0),
     "shifted_flow": schedules.Shifted(schedules.Flow(), 3.0),
+    "rescaled_discrete": schedules.rescaled(SD, 2.0),
 }
-PRESERVING = ("vp", "cosine", "discrete", "shifted_cosine")
+PRESERVING = ("vp", "cosine", "discrete", "shifted_cosine", "rescaled_discrete")
 TIMES = np.linspace(0.01, 0.99, 50)
 
 
@@ -146,3 +147,61 @@ def test_a_shift_moves_logsnr_and_is_the_time_shift_of_flows():
     # Esser 2024: t' = a t / (1 + (a - 1) t)
     flow = schedules.Shifted(schedules.Flow(), 3.0)
     np.testing.assert_allclose(flow.sigma(TIMES), 3 * TIMES / (1 + 2 * TIMES), rtol=1e-13)
+
+
+# Other resolutions ---------------------------------------------------------------------------------------------
+
+# alpha_bar at the indices 0, 250, 500, 750, 999 and at twice the size, to the digits that are known
+KNOWN = {
+    "linear": ([0.9999, 0.5214230306, 0.0777966584, 0.0033001584, 4.03583e-5],
+               [0.99960012, 0.2140725106, 0.0206542907, 0.0008270867, 1.00899e-5]),
+    "scaled_linear": ([0.99915, 0.6737926252, 0.2763326838, 0.0561698480, 0.0046600985],
+                      [0.9966086479, 0.3405362838, 0.0871436500, 0.0146600517, 0.0011691108]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_tables_at_twice_the_size(name):
+    before, after = schedules.table(name), schedules.table(name, 2.0)
+    index = [0, 250, 500, 750, 999]
+    np.testing.assert_allclose(before.alpha_bar[index], KNOWN[name][0], rtol=0, atol=1e-9)
+    # but for the value printed with eight digits, 0.99960012
+    np.testing.assert_allclose(after.alpha_bar[index], KNOWN[name][1], rtol=0, atol=4e-9 if name == "linear" else 1e-9)
+    last = {"linear": 157.40728081, "scaled_linear": 14.61464123}[name]
+    np.testing.assert_allclose([before.level(1.0), after.level(1.0)], [last, 2 * last], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", schedules.PROCESSES)
+def test_a_scale_lowers_logsnr_everywhere_and_scales_multiply(name):
+    base = schedules.named(name)
+    u = np.arange(1, 1001) / 1000 if isinstance(base, schedules.Discrete) else TIMES
+    for scale, shift in ((2.0, -1.38629436112), (0.5, 1.38629436112), (3.0, -2 * np.log(3))):
+        found = schedules.rescaled(base, scale)
+        assert isinstance(found, schedules.Discrete) == isinstance(base, schedules.Discrete)
+        # float64; alpha_bar near 1 leaves 1 - alpha_bar twelve digits
+        np.testing.assert_allclose(schedules.logsnr(found, u) - schedules.logsnr(base, u), shift, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(found.time(scale * base.level(u)), u, rtol=1e-10)  # a level's time is kept
+    twice, once = schedules.rescaled(schedules.rescaled(base, 2.0), 1.5), schedules.rescaled(base, 3.0)
+    np.testing.assert_allclose(twice.level(u), once.level(u), rtol=1e-11)
+    assert schedules.rescaled(base, 1.0) is base
+
+
+def test_flows_at_twice_the_size():
+    """t' = 2 t / (1 + t), and the release of Stable Diffusion 3 is the flow at three times the size."""
+    sigma = np.array([0.25, 0.5, 0.75])
+    np.testing.assert_allclose(schedules.named("flow", 2.0).sigma(sigma), [0.4, 2 / 3, 6 / 7], rtol=1e-14)
+    tripled, release = schedules.named("flow", 3.0), schedules.named("sd3")
+    np.testing.assert_allclose(tripled.sigma(TIMES), release.sigma(TIMES), rtol=1e-14)
+
+
+def test_the_mean_of_four_pixels_has_a_quarter_of_the_variance():
+    """What the scale makes up for. 2e5 draws know a variance to sqrt(2 / 2e5) = 0.3 %, three times that is allowed."""
+    for scale in (2, 3):
+        means = np.random.default_rng(0).normal(size=(200_000, scale**2)).mean(axis=1)
+        np.testing.assert_allclose(scale**2 * means.var(), 1, rtol=0.01)
+
+
+@pytest.mark.parametrize("scale", [0, -2.0, np.inf, np.nan])
+def test_a_bad_scale_is_refused(scale):
+    with pytest.raises(ValueError, match=f"found resolution_scale={scale}, expected above 0"):
+        schedules.rescaled(schedules.Flow(), scale)

@@ -191,6 +191,26 @@ def test_texts_are_dropped_with_the_given_probability():
     assert set(edm.drop_labels(jax.random.key(0), cond, 0.0, 0)) == {"text", "text_mask"}
 
 
+def test_the_step_drops_control_metadata():
+    """Apart from labels, with its own probability; not at all by default."""
+    seen = []
+
+    def spy(params, x, sigma, cond=None, key=None):
+        jax.debug.callback(lambda dropped, label: seen.append((dropped, label)), cond.get("drop_control", False), cond["label"])
+        return params["a"] * x
+
+    params, batch = {"a": jnp.float32(0.5)}, {**_batch(2000), "label": jnp.zeros(2000, jnp.int32)}
+    _step(edm.Settings(label_dropout=0.5, control_dropout=0.3, num_classes=10), spy, params, batch)
+    jax.effects_barrier()
+    dropped, null = np.asarray(seen[0][0]), np.asarray(seen[0][1]) == 10
+    assert abs(dropped.mean() - 0.3) < 5 * np.sqrt(0.3 * 0.7 / 2000)  # 5 standard deviations
+    assert abs((dropped & null).mean() - 0.15) < 5 * np.sqrt(0.15 * 0.85 / 2000)  # independent
+    seen.clear()
+    _step(edm.Settings(num_classes=10), spy, params, batch)
+    jax.effects_barrier()
+    assert not np.any(seen[0][0])
+
+
 def test_the_step_drops_labels():
     def denoise(params, x, sigma, cond=None, key=None):
         return params["a"] * x + jnp.where(cond["label"] == 10, jnp.nan, 0.0).reshape(-1, 1, 1, 1)
@@ -205,6 +225,7 @@ def test_the_step_drops_labels():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (edm.Settings(control_dropout=1.5), "control_dropout is a probability, found 1.5"),
         (edm.Settings(distribution="lognorml"), "unknown noise distribution 'lognorml'; did you mean 'lognormal'"),
         (edm.Settings(distribution_options={"p_men": 0}), "unknown option 'p_men' .* did you mean 'p_mean'"),
         (edm.Settings(weighting="emd"), "unknown weighting 'emd'; did you mean 'edm'"),

@@ -201,8 +201,8 @@ def test_transform_and_finish():
     "options, message",
     [
         ({"guidance_scale": 2.0}, r"guidance_scale=2.0 needs a null class: give uncond \(see guidance.null_label"),
-        ({"guidance_interval": (0.1, 1.0)}, "guidance_channels and guidance_curve need a guidance_scale"),
-        ({"guidance_channels": 3}, "guidance_channels and guidance_curve need a guidance_scale"),
+        ({"guidance_interval": (0.1, 1.0)}, "_channels, _curve and control_strength need a guidance_scale"),
+        ({"guidance_channels": 3}, "_channels, _curve and control_strength need a guidance_scale"),
         ({"guidance_scale": 2.0, "uncond": NULL, "guidance_interval": (1.0, 2.0), "guidance_channels": 1}, "of one scale"),
         ({"guidance_scale": 2.0, "uncond": NULL, "guidance_interval": (2.0, 1.0)}, "needs 0 <= low < high"),
         ({"cond": {"label": [0, 1, 11]}}, r"labels must be 0..10 \(the null class\), found 0..11"),
