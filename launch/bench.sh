@@ -8,12 +8,18 @@
 #                                            a quarter of an hour, writes runs/bench_assign
 #   bash launch/bench.sh latent              DiT, Stable Diffusion's U-Net and decoder beside diffusers' classes, and compile
 #                                            time of DiT-XL/2; a quarter of an hour, writes runs/bench_latent
+#   bash launch/bench.sh data                images/s of reading cached latents beside those of training a tiny DiT; two
+#                                            minutes, writes runs/bench_data
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare test
 if [ "${1:-}" = assign ]; then
   shift
   exec python launch/bench_assign.py "$@"
+fi
+if [ "${1:-}" = data ]; then
+  shift
+  exec python launch/bench_data.py "$@"
 fi
 python -c "import torch" 2>/dev/null || fail "PyTorch is the yardstick and is not installed: type python -m pip install torch"
 if [ "${1:-}" = latent ]; then

@@ -4,6 +4,7 @@ median over turns. Run by launch/bench.sh; writes runs/bench_assign/report.{md,j
 """
 
 import argparse
+import functools
 import statistics
 import time
 
@@ -16,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffjax.assign import fields, host
+from diffjax.assign import fields, host, pair
 from diffjax.build import assign_tables
-from diffjax.core import prediction, rng, trees
+from diffjax.core import noise_levels, prediction, rng, trees
 from diffjax.methods import edm
 from diffjax.models.edm_unet import SongUNet
 from diffjax.nn.functional import functionalize
 from diffjax.runtime import report
 
-PART = 128
+PART = 128  # images whose activations are held at once: 1,024 need 28 GB
 WAYS = {
     "none": {},
     "linear, host": {"assign": "linear", "assign_options": {"route": "host"}},
@@ -52,38 +53,59 @@ def inputs(batch: dict, step: jax.Array) -> tuple[jax.Array, jax.Array]:
     return batch["image"], edm.split(rng.stream(0, "train", step)).noise
 
 
-def in_parts(network):
-    """The network on PART images at a time, computed again for a gradient: 1,024 at once need 28 GB."""
-
-    def whole(params, x, noise_label, cond, key):
-        part = jax.checkpoint(lambda given: network(params, *given, cond, key))
-        cut = jax.tree.map(lambda a: a.reshape(-1, PART, *a.shape[1:]) if len(a) > PART else a[None], (x, noise_label))
-        return jax.lax.map(part, cut).reshape(x.shape)
-
-    return whole
-
-
-def trainer(way: str, images: np.ndarray):
-    """A function that makes a step of this way, its batch included, and returns when the weights are there."""
+@functools.cache
+def parts() -> tuple:
+    """(init, accumulate, update) of a training step whose gradient is the sum of those of PART images each."""
     network, init = functionalize(
         lambda rngs: SongUNet(
             32, 3, 3, channels=32, channel_mult=(2, 2, 2), num_blocks=2, attention_sizes=(16,), dropout=0.0,
             rngs=rngs,
         )
     )  # fmt: skip
+    denoise, optimizer = prediction.edm_denoiser(network), optax.adam(1e-4)
+
+    def accumulate(params, total, image, noise, sigma):
+        def objective(params):
+            return jnp.sum(edm.loss(edm.Settings(), denoise, params, image, sigma, noise))
+
+        return jax.tree.map(jnp.add, total, jax.grad(objective)(params))
+
+    def update(params, opt_state, total):
+        updates, opt_state = optimizer.update(total, opt_state)
+        return optax.apply_updates(params, updates), opt_state
+
+    def start():
+        params = jax.jit(init)(jax.random.key(0))
+        return params, optimizer.init(params)
+
+    return start, jax.jit(accumulate, donate_argnums=1), jax.jit(update, donate_argnums=(0, 1))
+
+
+def trainer(way: str, images: np.ndarray):
+    """A function that makes a step of this way, its batch included, and returns when the weights are there."""
+    start, accumulate, update = parts()
     settings = edm.Settings(**WAYS[way])
-    method = edm.make(settings, prediction.edm_denoiser(in_parts(network)), optax.scale_by_adam(), lambda i: jnp.float32(1e-4))
-    step = jax.jit(lambda state, batch, i: method.step(state, {}, batch, rng.stream(0, "train", i), i), donate_argnums=0)
+
+    @jax.jit
+    def drawn(batch, step):
+        keys, image = edm.split(rng.stream(0, "train", step)), batch["image"]
+        noise, _ = pair.training_noise(keys.noise, image, batch, settings.assign, **settings.assign_options)
+        return image, noise, noise_levels.draw(keys.level, len(image), settings.distribution)
+
     batches = host.Assigned(Stream(images), inputs) if way == "linear, host" else Stream(images)
-    held = [jax.jit(method.init)(init(jax.random.key(0))), 0]
-    step = step.lower(held[0], dict(next(batches)), jnp.uint32(0)).compile()
+    state, count = start(), 0
 
     def one() -> None:
-        held[0], _ = step(held[0], dict(next(batches)), jnp.uint32(held[1]))
-        jax.block_until_ready(held[0])
-        held[1] += 1
+        nonlocal state, count
+        arrays = drawn(dict(next(batches)), jnp.uint32(count))
+        total = jax.tree.map(jnp.zeros_like, state[0])
+        for i in range(0, len(images), PART):
+            total = accumulate(state[0], total, *(array[i : i + PART] for array in arrays))
+        state, count = update(*state, total), count + 1
+        jax.block_until_ready(state)
 
-    return one, trees.count(held[0].params)
+    one()  # compiled, and the host's first solve done
+    return one, trees.count(state[0])
 
 
 def steps(batch: int, turns: int) -> list[dict]:
@@ -122,7 +144,7 @@ def main() -> None:
         "Images are random fields with the spectrum of photographs, 32x32x3, unit variance. quality_percent: the gain in the "
         "sum of products of image and noise over noise as drawn, the exact plan's being 100. matmul: the costs alone, from "
         "which scipy, lapx, auction and sinkhorn start; the callback has all in it.\n\n<!-- table: solvers -->\n\n"
-        "A training step of DDPM++ (EDM's loss, Adam, float32, activations made again for the gradient), the batch's "
+        f"A training step of DDPM++ (EDM's loss, Adam, float32, gradients of {PART} images at a time added up), the batch's "
         "preparation in it; over_none is the median over turns of its time over that with noise as drawn.\n\n"
         "<!-- table: steps -->\n\nAgain: `bash launch/bench.sh assign`"
     )

@@ -59,6 +59,16 @@ EXPERIMENTS = {
     "immiscible/consistency_celeba.py": ("linear",),
     "immiscible/consistency_tiny_imagenet.py": ("knn",),
     "immiscible/sd.py": ("scratch_linear", "finetune_knn"),
+    "quick/text_to_image_digits.py": ("",),
+    "quick/text_to_image_cifar16.py": ("",),
+    "conditioning/imagenet.py": (
+        "mmdit_256_improved", "mmdit_512_improved", "dit_256_baseline", "mdt_512_improved", "pixart_256_improved",
+        "unet_256_baseline",
+    ),
+    "conditioning/cc12m.py": ("mmdit_256_improved", "mmdit_512_baseline", "pixart_256_improved"),
+    "quick/conditioning_digits.py": (
+        "size_alpha_4", "size_constant", "text_noisy_replicate", "switch_start", "switch_rescaled", "bf16_qk_norm",
+    ),
     "quick/emd_digits.py": ("emd_16", "emd_16_raw", "diff_instruct", "forward_kl", "dmd", "sds"),
     "emd/cifar10.py": ("emd_16", "diff_instruct", "dmd"),
     "emd/imagenet64.py": ("emd_16", "diff_instruct", "dmd2"),
@@ -66,7 +76,7 @@ EXPERIMENTS = {
 }
 EVALUATIONS = {
     "quick/compare_digits.py": ("",), "quick/compare_sfd.py": ("digits", "cifar10"), "quick/compare_emd.py": ("",),
-    "quick/compare_immiscible.py": ("",),
+    "quick/compare_immiscible.py": ("",), "quick/compare_conditioning.py": ("",),
 }  # fmt: skip
 # folders that configs name as teachers -> the config of that run
 TEACHERS = {
@@ -91,11 +101,11 @@ TEACHERS = {
 PARAMETERS = {"edm/cifar10_ddpmpp.py:uncond": 55_733_891}
 ALL = [f"{file}:{arg}".rstrip(":") for file, args in (EXPERIMENTS | EVALUATIONS).items() for arg in args]
 # whose name, or whose method, says how many calls a sample costs
-NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and "immiscible" not in name]
+NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and not re.search("immiscible|conditioning", name)]
 # Traced as a whole, which takes seconds each: every method and network, once with the published sizes. What is left
 # out differs from these in numbers only.
 BUILT = [
-    "quick/edm_digits.py", "quick/edm_cifar16.py", "quick/sfd_digits.py:2", "quick/sfd_digits.py:v",
+    "quick/conditioning_digits.py:size_alpha_4", "quick/edm_digits.py", "quick/edm_cifar16.py", "quick/sfd_digits.py:2", "quick/sfd_digits.py:v",
     "quick/sfd_digits.py:second", "quick/pd_digits.py:16", "quick/amed_digits.py:4", "edm/cifar10_ddpmpp.py:uncond",
     "sfd/cifar10.py:second", "pd/cifar10_guided.py:match", "quick/emd_digits.py:emd_16",
     "quick/emd_digits.py:dmd", "quick/emd_digits.py:sds", "quick/emd_digits.py:forward_kl", "emd/imagenet64.py:dmd2",

@@ -30,7 +30,7 @@ from diffjax.train import ema, loop, step
 from diffjax.train import state as train_state
 
 __all__ = [
-    "SECTIONS", "Run", "all_images", "assignment_warning", "data_shape", "denoiser", "draw", "emd_iteration",
+    "SECTIONS", "Run", "all_images", "all_items", "assignment_warning", "data_shape", "denoiser", "draw", "emd_iteration",
     "experiment", "load_model", "load_run", "plan", "read_weights", "resolve", "run_plan", "teacher_targets", "trained_steps",
     "write_weights",
 ]  # fmt: skip
@@ -76,12 +76,14 @@ def _sampler(config: ConfigDict, parts: Parts) -> Callable[[Params], np.ndarray]
     """Parameters to the uint8 images of a sample grid, the same seeds each time; of texts those that are held out."""
     config = resolve(config)
     beside = beside_data(config)
-    count = _SAMPLES_SHOWN if beside is None else _PICTURES_SHOWN
-    cond: dict[str, np.ndarray] = {}
+    is_latent = beside is not None and beside.autoencoder is not None
+    count = _PICTURES_SHOWN if is_latent else _SAMPLES_SHOWN
+    pixels = parts.data.image_size * (beside.factor if is_latent else 1)
+    cond = companions.metadata(config.model, pixels, count)
     if beside is not None:
         if beside.text is not None:
             cond |= companions.conditions(beside, _shown_texts(source_of(config.data), count), "", count)
-        cond |= companions.controls(config.model, parts.data.image_size * beside.autoencoder.factor, count)
+        cond |= companions.controls(config.model, pixels, count)
 
     def finish(images: Array) -> Array:
         return generate.to_uint8(images / parts.data.scale)
@@ -97,10 +99,10 @@ def _sampler(config: ConfigDict, parts: Parts) -> Callable[[Params], np.ndarray]
             seed=config.seed,
             cond=cond,
             num_classes=parts.data.num_classes or None,
-            finish=finish if beside is None else None,
+            finish=None if is_latent else finish,
             sampler=runs.sampler_for(parts.plan, parts.sampler),
         )
-        return images if beside is None else np.asarray(generate.to_uint8(beside.pictures(images)))
+        return np.asarray(generate.to_uint8(beside.pictures(images))) if is_latent else images
 
     return sample
 
@@ -108,11 +110,19 @@ def _sampler(config: ConfigDict, parts: Parts) -> Callable[[Params], np.ndarray]
 def _shown_texts(source: sources.Source, count: int) -> list[str]:
     """`count` texts, again from the first where there are fewer."""
     held_out = getattr(source, "held_out", None)
-    texts = held_out or [str(source[i]["caption"]) for i in range(min(count, len(source)))]
+    caption = getattr(source, "caption", lambda i: str(source[i]["caption"]))
+    texts = held_out or [caption(i) for i in range(min(count, len(source)))]
     return [texts[i % len(texts)] for i in range(count)]
 
 
 def all_images(data: ConfigDict) -> np.ndarray:
     """Every image (N, H, W, C) of a `data` section, as stored: uint8, or float32 in [-1, 1]."""
+    return all_items(data)["image"]
+
+
+def all_items(data: ConfigDict) -> dict[str, np.ndarray]:
+    """Every item of a `data` section, {"image", "label" ...} as stored, each (N, ...)."""
+    if data.name == "latents":
+        raise ValueError("cached latents hold no images: give those they were made of, in their own data section")
     source = source_of(data)
-    return sources.read(source, range(len(source)))["image"]
+    return sources.read(source, range(len(source)))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import emd_parts, networks, parts, runs
-from diffjax.core import names, rng, trees
+from diffjax.build import emd_parts, networks, parts, runs, transfer
+from diffjax.core import names, rng
 from diffjax.core.types import Denoiser, Params
 from diffjax.data import loader, trajectories
 from diffjax.methods import amed, consistency, edm, pd, sfd
@@ -20,36 +20,32 @@ def _edm(config: ConfigDict) -> parts.Parts:
     shape = networks.data_shape(config.data)
     denoise, init = networks.denoiser(config.model, shape)
     options = parts.without(config.method, "name", "start")
+    masks = options.pop("mask_ratio", 0.0), options.pop("mask_buckets", 1)
     if options.get("weighting", "edm") == "edm":
         options["weighting_options"] = {"sigma_data": shape.scale * config.model.get("sigma_data", 0.5)}
-    options |= parts.assignment_options(config, config.get("sample", {}).get("sigma_max", 80.0))
+    sigma_max = config.get("sample", {}).get("sigma_max", 80.0) * config.model.get("resolution_scale", 1.0)
+    options |= parts.assignment_options(config, sigma_max)
     names.check_options(edm.Settings, options, "config.method")
     settings = edm.Settings(**options, num_classes=shape.num_classes, texts=parts.takes_texts(config))
     plan = runs.plan(config.sample) if "sample" in config else None
     variance = networks.variance_denoiser(config.model, shape)
     if variance is not None and shape.scale != 1:
         raise ValueError(f"model.learned_variance takes pixels in [-1, 1], found data.image_scale={shape.scale}")
+    first = transfer.start(config, init)
     return parts.Parts(
-        method=edm.make(settings, denoise, *parts.optimizer(config), parts.prepare(config), variance),
-        init_params=started(config, init),
+        method=edm.make(
+            settings, denoise, *parts.optimizer(config), parts.prepare(config), variance,
+            networks.masked_denoisers(config.model, shape, *masks),
+        ),  # fmt: skip
+        init_params=first.init_params,
         frozen={},
         batches=parts.batches(config),
         denoise=denoise,
         data=shape,
         plan=plan,
         sampler=runs.run_sampler(config.model, shape),
-        warning=lambda: parts.assignment_warning(config, plan),
+        warning=lambda: "\n".join(filter(None, (parts.assignment_warning(config, plan), first.report))),
     )
-
-
-def started(config: ConfigDict, init: Callable) -> Callable[[], Params]:
-    """The first weights of a run: those of the run method.start, or fresh ones. Raises ValueError where they do not fit."""
-    folder = config.method.get("start", "")
-    if not folder:
-        return lambda: init(rng.stream(config.seed, "init"))
-    params = runs.load_run(folder).params
-    trees.check(jax.eval_shape(init, jax.random.key(0)), params, f"the run in {folder}, as the start of config.model,")
-    return lambda: params
 
 
 def _pd(config: ConfigDict) -> parts.Parts:

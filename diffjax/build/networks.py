@@ -12,7 +12,7 @@ from diffjax.core import names, prediction, schedules
 from diffjax.core.types import Array, Cond, Denoiser, Key, Network, Params
 from diffjax.data import sources
 from diffjax.models import dit, edm_unet, mdt, mmdit, pixart, toy, unet
-from diffjax.nn import functional
+from diffjax.nn import control, functional
 from diffjax.sampling.learned_variance import VarianceDenoiser
 
 
@@ -61,10 +61,12 @@ MODELS: dict[str, Callable[..., Callable]] = {
 def _predicts(kind: str) -> Callable[..., Denoiser]:
     default = "flow" if kind == "velocity" else "linear"
 
-    def wrap(network: Network, process: str = default, label_scale: float = 1.0) -> Denoiser:
-        """A network that predicts `kind` under a process of `schedules.PROCESSES`. Its noise label is the time, 0..1 of
-        the flow and 0..T-1 of a table, times label_scale."""
-        schedule = schedules.named(process)
+    def wrap(
+        network: Network, process: str = default, label_scale: float = 1.0, resolution_scale: float = 1.0
+    ) -> Denoiser:
+        """A network that predicts `kind` under a process of `schedules.PROCESSES`, rescaled. Its noise label is the time,
+        0..1 of the flow and 0..T-1 of a table, times label_scale."""
+        schedule = schedules.named(process, resolution_scale)
         label = schedule.label if isinstance(schedule, schedules.Discrete) else lambda u: u
         at = schedules.process(schedule, lambda u: label_scale * label(u))
         return prediction.process_denoiser(network, kind, at)
@@ -93,8 +95,25 @@ def denoiser(model: Mapping[str, Any], data: sources.DataShape) -> tuple[Denoise
     return wrap(network), init
 
 
-def variance_denoiser(model: Mapping[str, Any], data: sources.DataShape) -> VarianceDenoiser | None:
-    """(D, v) of a network with model.learned_variance, whose second half of channels is 2 v - 1; None for others."""
+def masked_denoisers(model: Mapping[str, Any], data: sources.DataShape, ratio: float, count: int) -> tuple[Denoiser, ...]:
+    """The masked passes of an MDT, one for each number of tokens that `mdt.buckets` keeps; with model.learned_variance
+    as `variance_denoiser` has them. () where ratio is 0. Raises ValueError for another network."""
+    if not ratio:
+        return ()
+    if model["name"] != "mdt":
+        raise ValueError(f"method.mask_ratio={ratio} is of model.name='mdt', found {model['name']!r}: leave it out")
+    if model.get("learned_variance"):
+        make = lambda keep: variance_denoiser(model, data, keep=keep)  # noqa: E731
+    else:
+        wrap, network, _ = _parts(model, data)
+        make = lambda keep: wrap(functools.partial(network, keep=keep))  # noqa: E731
+    tokens = (data.image_size // model.get("patch", 2)) ** 2
+    return tuple(make(keep) for keep in mdt.buckets(tokens, ratio, count=count))
+
+
+def variance_denoiser(model: Mapping[str, Any], data: sources.DataShape, **options: Any) -> VarianceDenoiser | None:
+    """(D, v) of a network with model.learned_variance, whose second half of channels is 2 v - 1; None for others. options:
+    of the network's call."""
     if not model.get("learned_variance"):
         return None
     wrap, both, _ = _parts(model, data)
@@ -105,7 +124,7 @@ def variance_denoiser(model: Mapping[str, Any], data: sources.DataShape) -> Vari
         seen = []
 
         def network(params: Params, x: Array, noise_label: Array, cond: Cond | None, key: Key | None) -> Array:
-            prediction, second = jnp.split(both(params, x, noise_label, cond, key), 2, axis=-1)
+            prediction, second = jnp.split(both(params, x, noise_label, cond, key, **options), 2, axis=-1)
             seen.append(second)
             return prediction
 
@@ -155,12 +174,18 @@ def _parts(
     """The preconditioner of a `model` section; a method of its network as a function, and its fresh parameters."""
     options = dict(model)
     name, precondition = options.pop("name", None), options.pop("precondition", "edm")
+    padding = options.pop("text_padding", None)
     wrap = names.lookup(PRECONDITIONS, precondition, "model.precondition")
     own = [key for key, p in inspect.signature(wrap).parameters.items() if p.default is not p.empty]
     given = {key: options.pop(key) for key in own if key in options}
+    if options.pop("resolution_scale", 1.0) != 1:  # not one of its own
+        rescaled = [key for key, p in PRECONDITIONS.items() if "resolution_scale" in inspect.signature(p).parameters]
+        raise ValueError(f"model.resolution_scale is of the preconditions {rescaled}, found {precondition!r}: leave it out")
     if "sigma_data" in own:  # that of the pixels as they are stored
         given["sigma_data"] = data.scale * given.get("sigma_data", inspect.signature(wrap).parameters["sigma_data"].default)
-    wrap = functools.partial(wrap, **given)
+    process = given.get("process", _PROCESS_OF.get(precondition, "scaled_linear"))
+    tell = _teller(options.get("metadata"), padding, process, given.get("resolution_scale", 1.0))
+    wrap = _telling(functools.partial(wrap, **given), tell)
     make = names.lookup(MODELS, name, "model.name")
     # a config read back from JSON has lists where its file had tuples
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
@@ -169,6 +194,52 @@ def _parts(
         return wrap, *functional.functionalize(lambda rngs: constructor(rngs=rngs), method)
     except TypeError as error:
         raise ValueError(f"config.model does not fit {name!r}: {error}; its options are {_options(make)}") from error
+
+
+# of predictions whose process a config may leave out
+_PROCESS_OF = {"eps": "linear", "x0": "linear", "v": "linear", "velocity": "flow"}
+
+
+def _teller(
+    metadata: Mapping[str, Any] | None, padding: Mapping[str, Any] | None, process: str, resolution_scale: float
+) -> Callable | None:
+    """What a network is told beside what it is given, (cond, sigma, key) -> cond: the time u that weighs low-level
+    metadata, and the tokens behind a text's real ones. None where it is nothing. Networks on noise levels (EDM) have the
+    time at which the table of `process` has as much noise."""
+    has_low = bool((metadata or {}).get("low"))
+    if not has_low and not padding:
+        return None
+    schedule = schedules.named(process, resolution_scale)
+
+    def tell(cond: Cond, x: Array, sigma: Array, key: Key | None) -> Cond:
+        if padding and cond.get("text") is not None:
+            length = cond.get("text_length")
+            if length is None:
+                raise ValueError("model.text_padding needs cond['text_length'] (B,), the number of each text's tokens")
+            noise = None if key is None else jax.random.fold_in(key, 1)
+            cond = {**cond, "text": control.pad_text(cond["text"], length, **padding, key=noise)}
+        if has_low:
+            u = jnp.broadcast_to(schedules.fraction(schedule, jnp.asarray(sigma)), x.shape[:1])
+            cond = {**cond, "u": u.astype(jnp.float32)}
+        return cond
+
+    return tell
+
+
+def _telling(wrap: Callable, tell: Callable | None) -> Callable:
+    """`wrap` of a network whose conditions are completed by `tell`."""
+    if tell is None:
+        return wrap
+
+    def telling(network: Network) -> Denoiser:
+        denoise = wrap(network)
+
+        def told(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
+            return denoise(params, x, sigma, tell(dict(cond or {}), x, sigma, key), key)
+
+        return told
+
+    return telling
 
 
 def defaults(name: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from diffjax.assign import host, pair
 from diffjax.build import companions, encoded, networks, runs
 from diffjax.core import names, rng, trees
 from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Params
-from diffjax.data import loader, sources, texts, transforms
+from diffjax.data import latents, loader, sources, texts, transforms
 from diffjax.methods import edm
 from diffjax.metrics import lpips
 from diffjax.runtime import mesh
@@ -42,13 +42,15 @@ def batches(config: ConfigDict) -> Callable[[], loader.Batches]:
     source = source_of(config.data)
     options = config.get("method", {}).get("assign_options", {})
     beside = beside_data(config)
+    if isinstance(source, latents.Latents):
+        encoded.check(source.header, beside, config.model)
     if options.get("route") != "host":
         plain = lambda: loader.make_batches(source, config.train.batch_size, config.seed)  # noqa: E731
         if beside is None:
             return plain
         return lambda: encoded.Encoded(plain(), beside, config.model, networks.data_shape(config.data), config.seed)
     if beside is not None:
-        raise ValueError("assign_options.route='host' pairs noise with pixels, and data.companions makes latents: leave it out")
+        raise ValueError("assign_options.route='host' pairs noise with images as they are, not encoded: leave it out")
     if config.train.get("overfit_one_batch"):
         raise ValueError(
             "assign_options.route='host' ships the noise with the batch, and train.overfit_one_batch repeats the batch: "
@@ -67,29 +69,65 @@ def batches(config: ConfigDict) -> Callable[[], loader.Batches]:
     return lambda: host.Assigned(loader.make_batches(source, config.train.batch_size, config.seed), inputs, **own)
 
 
-def source_of(data: ConfigDict) -> sources.Source:
-    """The images of a `data` section."""
-    drawn = ("flip", "augment_probability", "null_class", "image_scale", "companions", "captions")
+def source_of(data: ConfigDict, whole: bool = False) -> sources.Source:
+    """The images of a `data` section, or its cached latents. whole: images of any size, as they are.
+
+    data.captions: a file with a text for each class; "own", the texts that the images have; or a key of
+    `texts.CLASSES`, whose texts say where a picture is mirrored, as data.mirrored makes a second one of each.
+    """
+    drawn = ("flip", "augment_probability", "null_class", "image_scale", "companions", "captions", "mirrored")
+    if whole:
+        drawn = (*drawn, "resize", "metadata")
     options = without(data, "name", "image_size", "channels", "num_classes", *drawn)
-    shape = networks.data_shape(data)
-    if data.get("companions"):  # which make latents of pictures
-        vae = companions.load_companions(data.companions).autoencoder
-        shape = dataclasses.replace(shape, image_size=shape.image_size * vae.factor, channels=vae.channels)
-    if not data.get("captions"):
+    shape, captions = networks.data_shape(data), data.get("captions", "")
+    is_generated = captions in texts.CLASSES
+    _check_flips(data, is_generated, whole)
+    if data.name == "latents":
+        if captions:
+            raise ValueError("cached latents have the texts they were prepared with: leave data.captions out")
         return sources.load(data.name, shape, **options)
-    lines = texts.lines(data.captions)  # of class 0, 1, ...
-    return texts.Captioned(sources.load(data.name, dataclasses.replace(shape, num_classes=len(lines)), **options), lines)
+    beside = companions.load_companions(data.companions) if data.get("companions") else None
+    if beside is not None and beside.autoencoder is not None:  # which makes latents of pictures
+        vae = beside.autoencoder
+        shape = dataclasses.replace(shape, image_size=shape.image_size * vae.factor, channels=vae.channels)
+    shape = dataclasses.replace(shape, image_size=0) if whole else shape
+    if captions == texts.OWN:
+        return sources.load(data.name, shape, captions=True, **options)
+    if not captions:
+        return sources.load(data.name, shape, **options)
+    lines = texts.of_classes(captions) if is_generated else texts.lines(captions)  # of class 0, 1, ...
+    shape = dataclasses.replace(shape, num_classes=len(lines))
+    source = sources.load(data.name, shape, **options)
+    source = texts.Mirrored(source) if data.get("mirrored") else source
+    return texts.Captioned(source, lines, texts.MIRRORED if is_generated else "")
+
+
+def _check_flips(data: ConfigDict, is_generated: bool, whole: bool) -> None:
+    if is_generated and data.get("flip"):
+        raise ValueError("data.flip mirrors pictures whose captions do not say so: set data.mirrored=True in its place")
+    if data.get("mirrored") and not is_generated:
+        known = sorted(texts.CLASSES)
+        raise ValueError(f"data.mirrored needs captions that say it, data.captions one of {known}: leave it out")
+    if data.get("mirrored") and whole:
+        raise ValueError("of cached latents --flips makes the mirror images: leave data.mirrored out")
 
 
 def beside_data(config: ConfigDict) -> companions.Companions | None:
-    """The companions that encode the data of a run on latents. Raises ValueError for augmentation of pixels."""
-    folder = config.data.get("companions", "")
-    if not folder:
+    """The companions that encode the data of a run. Raises ValueError for augmentation of what becomes latents."""
+    beside = companions.of_data(config.data)
+    if beside is None:
         return None
+    if config.data.get("flip") and config.data.name == "latents":
+        raise ValueError(
+            "data.flip would mirror cached latents, and an autoencoder does not turn a mirrored picture into mirrored "
+            "latents: prepare both with --flips, and leave it out"
+        )
+    if beside.autoencoder is None:
+        return beside
     changed = [key for key in ("flip", "augment_probability") if config.data.get(key)]
     if changed or config.data.get("image_scale", 1.0) != 1:
         raise ValueError(f"data.companions makes latents, and {changed or 'image_scale'} would change them as pixels: leave it out")
-    return companions.load_companions(folder)
+    return beside
 
 
 def takes_texts(config: ConfigDict) -> bool:
@@ -119,6 +157,8 @@ def prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
         rest = {name: value for name, value in batch.items() if name != "image"}
         if flip:
             image = transforms.flip(image, jax.random.fold_in(key, 0))
+            if "flip" in rest:  # the network is told of it
+                rest["flip"] = transforms.flipped(jax.random.fold_in(key, 0), len(image)).astype(jnp.float32)
         if probability:
             image, rest["augment"] = transforms.augment(image, jax.random.fold_in(key, 1), probability)
         return {"image": image * scale, **rest}

@@ -22,7 +22,7 @@ from diffjax.core import names
 from diffjax.core.types import Array, Params
 from diffjax.data import sources
 from diffjax.models.mdt import distances
-from diffjax.nn import embeddings
+from diffjax.nn import positions
 from diffjax.runtime import mesh as meshes
 from diffjax.weights import dit, folders, keymap, load, mdt, mmdit, pixart, unet
 
@@ -39,6 +39,7 @@ def load_model(folder: str | Path, variant: str = "", mesh: jax.sharding.Mesh | 
     config = ConfigDict({"seed": 0, **folders.describe(folder)})
     config.model.update(changes)
     config.data.companions = str(folder)
+    config = runs.resolve(config)
     shape = networks.data_shape(config.data)
     denoise, init = networks.denoiser(config.model, shape)
     weights = load.read(Path(folder) / folders.denoiser_part(folder), variant)
@@ -120,5 +121,5 @@ def _table(model: Mapping[str, Any], layout: str) -> keymap.KeyMap:
 def _positions(model: Mapping[str, Any], data: sources.DataShape) -> np.ndarray:
     """The table of a network that computes it."""
     side = data.image_size // model.get("patch", 2)
-    step = model.get("base_size", 16) / side if model["name"] == "pixart" else 1.0
-    return embeddings.grid(np.arange(side) * step, np.arange(side) * step, model.get("width", 1152))
+    mode, base = ("interp", 16) if model["name"] == "pixart" else (model.get("positions", "extrap"), side)
+    return positions.table(mode, side, model.get("base_size") or base, model.get("width", 1152))

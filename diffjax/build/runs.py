@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diffjax.build import companions, networks
+from diffjax.build import companions, networks, rescaling
 from diffjax.core import grids, guidance, names, schedules, solvers, trees
 from diffjax.core.types import Array, Denoiser, Params
 from diffjax.data import sources
@@ -70,11 +70,12 @@ def resolve(config: ConfigDict) -> ConfigDict:
 
     config.model = {"name": "teacher", ...}: the teacher's network, with these options changed; of a run that goes on from
     method.start, that run's. config.data "none" and {"name": "teacher", ...}: the teacher's image shape, or its data with
-    these options changed. Raises CheckpointError for a teacher that is no run.
+    these options changed. What follows model.resolution_scale is written out too, see `rescaling`. Raises CheckpointError
+    for a teacher that is no run, ValueError as `rescaling.follow`.
     """
     config = ConfigDict(config.to_dict())
     if config.get("model", {}).get("name") != "teacher":
-        return config
+        return rescaling.follow(config)
     key = "teacher" if "teacher" in config.method else "start"
     saved = configs.read(config.method[key])
     if saved is None:
@@ -94,7 +95,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if teacher.method.get("label_dropout", 0) > 0:
         data["null_class"] = True
     config.data = data
-    return config
+    return rescaling.follow(config)
 
 
 # Plans ---------------------------------------------------------------------------------------------------------
@@ -106,13 +107,13 @@ def plan(sample: Mapping[str, Any]) -> solvers.Plan | adaptive.AdaptivePlan:
     schedules.PROCESSES. Heun and the stochastic solver end with a plain step to sigma = 0. {solver: dopri5, sigma_min,
     sigma_max, rtol, atol} chooses its levels as it goes; {solver: ancestral, variance: learned} has the network's own.
     """
-    options = {key: value for key, value in sample.items() if key not in _SOLVER_FREE}
+    options, scale = rescaling.sample_options({key: value for key, value in sample.items() if key not in _SOLVER_FREE})
     if options["solver"] == "dopri5":
         options = {key: value for key, value in options.items() if key not in ("solver", *_FIXED_LEVELS)}
         names.check_options(adaptive.make_plan, options, "sample")
         return adaptive.make_plan(**options)
     grid, num, rho = options.pop("grid", "polynomial"), options.pop("num_steps"), options.pop("rho", 7.0)
-    maps = grid_options({"grid": grid, "process": options.pop("process", "")})
+    maps = grid_options({"grid": grid, "process": options.pop("process", ""), "resolution_scale": scale})
     rho = 1.0 if maps else rho
     learned = options["solver"] == "ancestral" and options.get("variance") == "learned"
     sigmas = few_step.student_grid(num, options.pop("sigma_min"), options.pop("sigma_max"), grid=grid, rho=rho, **maps)
@@ -131,7 +132,7 @@ def grid_options(section: Mapping[str, Any]) -> dict[str, Callable]:
         )
     if not section.get("process"):
         return {}
-    process = schedules.named(section["process"])
+    process = schedules.named(section["process"], section.get("resolution_scale", 1.0))
     return {"sigma_to_time": process.time, "time_to_sigma": process.level}
 
 
@@ -232,7 +233,7 @@ def _scaled(denoise: Denoiser, scale: float) -> Denoiser:
 
 
 def _searched_plan(run: Run, section: dict[str, Any]) -> solvers.Plan:
-    options = {key: value for key, value in section.items() if key not in (*_SOLVER_FREE, "grid", "rho")}
+    options, _ = rescaling.sample_options({k: v for k, v in section.items() if k not in (*_SOLVER_FREE, "grid", "rho")})
     ends = options.pop("sigma_min"), options.pop("sigma_max")
     # the noise and classes of these samples are those of no seed that a user would take
     ids, seed = np.arange(_GITS_SAMPLES), 2**32 - 1
@@ -265,6 +266,8 @@ def draw(
     guidance_scale: float | None = None,
     guidance_channels: int = 0,
     guidance_power: float | None = None,
+    control_strength: float | None = None,
+    metadata: Mapping[str, float] = {},
     mesh: jax.sharding.Mesh | None = None,
 ) -> np.ndarray:
     """Images (n, H, W, C) float32 in about [-1, 1], image i made of (seed, sample_ids[i]) alone.
@@ -272,16 +275,19 @@ def draw(
     labels (n,) are drawn per sample where not given; prompts: a text a sample, of a run whose config.data.companions
     has a text encoder. A guidance-distilled student is told the scale, others are guided by two calls, away from the
     null class or from negative_prompt: guidance_channels of the first channels, 0 = all, and with guidance_power by a
-    scale that rises from 1 at the first noise level, `guidance.power_cosine`. mesh splits batches over its devices.
+    scale that rises from 1 at the first noise level, `guidance.power_cosine`. A network that is told sizes, crops and
+    flips is told those of whole pictures, or `metadata`; guidance leads away from them too where they were dropped in
+    training, by control_strength if given, see `guidance.two_strengths`. mesh splits batches over its devices.
     Latents are decoded. Raises ValueError for guidance of a network that was trained without a null class, and for
     prompts that are missing or too many.
     """
     beside = run_companions(run)
     cond = {} if labels is None else {"label": np.asarray(labels)}
     texts = companions.conditions(beside, prompts, negative_prompt, len(sample_ids))
+    pixels = run.data.image_size * (1 if beside is None else beside.factor)
+    cond |= texts | companions.metadata(run.config.model, pixels, len(sample_ids), metadata)
     if beside is not None:
-        pixels = run.data.image_size * beside.autoencoder.factor
-        cond |= texts | companions.controls(run.config.model, pixels, len(sample_ids))
+        cond |= companions.controls(run.config.model, pixels, len(sample_ids))
     told = run.config.model.get("guidance_condition", False)
     if told:
         scale = 1.0 if guidance_scale is None else guidance_scale
@@ -290,6 +296,11 @@ def draw(
         check_guidance(run, guidance_scale)
     guided = guidance_scale is not None and not told
     null = guidance.negative if texts else uncond(run.data.num_classes)
+    drops_control = run.config.method.get("control_dropout", 0) > 0
+    if control_strength is not None and not drops_control:
+        raise ValueError("control_strength needs a run trained with config.method.control_dropout > 0: leave it out")
+    if drops_control and control_strength is None:
+        null = _without_control(null)
     images = generate.generate(
         sampling_denoiser(run, plan),
         run.params,
@@ -302,32 +313,40 @@ def draw(
         num_classes=run.data.num_classes or None,
         guidance_scale=guidance_scale if guided else None,
         guidance_channels=guidance_channels,
-        guidance_curve=None if guidance_power is None else _power_cosine(run.config.model.get("process", ""), guidance_power),
+        guidance_curve=None if guidance_power is None else _power_cosine(
+            run.config.model.get("process", ""), guidance_power, run.config.model.get("resolution_scale", 1.0)
+        ),
+        control_strength=control_strength,
         uncond=null if guided else None,
         sampler=sampler_for(plan, run.sampler),
         mesh=mesh,
     )
-    if beside is not None:
+    if beside is not None and beside.autoencoder is not None:
         return beside.pictures(images)
     return images if run.data.scale == 1 else images / np.float32(run.data.scale)
 
 
 @functools.cache
-def _power_cosine(process: str, power: float) -> Callable[[Array, Array], Array]:
+def _without_control(null: guidance.Uncond) -> guidance.Uncond:
+    """`null`, and no control metadata; the same function for the same one."""
+    return lambda cond: guidance.null_control(null(cond))
+
+
+@functools.cache
+def _power_cosine(process: str, power: float, resolution_scale: float) -> Callable[[Array, Array], Array]:
     """guidance_scale of (its greatest value, sigma); the same function for the same values, for programs are cached by it.
     Raises ValueError for a network without a process: its noise levels have no times."""
     if not process:
         raise ValueError("guidance_power is of networks with model.process, whose noise levels have times: leave it out")
-    schedule = schedules.named(process)
+    schedule = schedules.named(process, resolution_scale)
     # of a table the index by their number, as published
     first = 1 / schedule.num if isinstance(schedule, schedules.Discrete) else 0.0
     return lambda scale, sigma: guidance.power_cosine(schedule.time(sigma) - first, scale, power)
 
 
 def run_companions(run: Run) -> companions.Companions | None:
-    """The text encoder and autoencoder of a run on latents, None for one on pixels."""
-    folder = run.config.data.get("companions", "")
-    return companions.load_companions(folder) if folder else None
+    """The text encoder and autoencoder of a run, None for one on pixels without texts."""
+    return companions.of_data(run.config.data)
 
 
 def check_guidance(run: Run, guidance_scale: float) -> None:

@@ -142,7 +142,7 @@ def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
 
     from diffjax import build
     from diffjax.build import companions
-    from diffjax.data import sources
+    from diffjax.data import latents, sources
 
     if config.get("data", {}).get("name") not in sources.SOURCES or "train" not in config:
         return config  # no data to replace, or a mistake that building it will name
@@ -154,12 +154,14 @@ def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
         blank.data.update({"name": "prompts", "path": str(folder / "blank.txt")})
         return blank
     shape = build.data_shape(config.data).shape
-    if config.data.get("companions"):
-        vae = companions.load_companions(config.data.companions).autoencoder
+    beside = companions.load_companions(config.data.companions) if config.data.get("companions") else None
+    if beside is not None and beside.autoencoder is not None:
+        vae = beside.autoencoder
         shape = (shape[0] * vae.factor, shape[1] * vae.factor, vae.channels)
     labels = {"labels": np.zeros(count, np.int32)} if config.data.get("num_classes") or config.data.get("captions") else {}
-    np.savez_compressed(folder / "blank.npz", images=np.zeros((count, *shape), np.uint8), **labels)
-    blank.data.update({"name": "arrays", "path": str(folder / "blank.npz")})
+    told = {name: np.ones(count, np.float32) for name in latents.METADATA} if config.model.get("metadata") else {}
+    np.savez_compressed(folder / "blank.npz", images=np.zeros((count, *shape), np.uint8), **labels, **told)
+    blank.data.update({"name": "arrays", "path": str(folder / "blank.npz"), "metadata": bool(told)})
     if config.data.get("captions"):
         (folder / "blank.txt").write_text("a\n")
         blank.data.captions = str(folder / "blank.txt")

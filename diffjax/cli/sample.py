@@ -57,13 +57,15 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_integer("num_steps", None, "noise levels N of the grid, N-1 steps", **common)
     absl_flags.DEFINE_integer("order", None, "order of a multistep solver", **common)
     absl_flags.DEFINE_string("grid", None, "polynomial, logsnr, time_uniform, or gits: searched for this network", **common)
-    absl_flags.DEFINE_float("sigma_min", None, "last noise level", **common)
-    absl_flags.DEFINE_float("sigma_max", None, "first noise level", **common)
+    absl_flags.DEFINE_float("sigma_min", None, "last noise level, before the run's resolution_scale", **common)
+    absl_flags.DEFINE_float("sigma_max", None, "first noise level, before the run's resolution_scale", **common)
     absl_flags.DEFINE_float("rho", None, "exponent of the grid", **common)
     absl_flags.DEFINE_bool("afs", None, "analytical first step, which needs no network call", **common)
     absl_flags.DEFINE_float("guidance_scale", None, "classifier-free guidance, 1 = none; twice the calls", **common)
     absl_flags.DEFINE_integer("guidance_channels", 0, "guided channels from the first on, 0 = all", **common)
     absl_flags.DEFINE_float("guidance_power", None, "guidance rises from 1 at the first level, as MDT's with 4", **common)
+    absl_flags.DEFINE_float("control_strength", None, "share of guidance that is away from the text or class alone", **common)
+    absl_flags.DEFINE_string("metadata", "", "what the network is told of a picture: height=64,width=64,flip=1", **common)
     absl_flags.DEFINE_integer("batch_size", 64, "images at once", **common)
     absl_flags.DEFINE_integer("devices", 0, "devices that a batch is split over, 0 = all there are", **common)
     absl_flags.DEFINE_enum("mode", "draw", ["draw", "correct"], "draw images, or run EMD's chain from them", **common)
@@ -119,6 +121,7 @@ def _sample(
     import numpy as np
 
     from diffjax import build
+    from diffjax.core import guidance
     from diffjax.runtime import images
     from diffjax.sampling import generate
 
@@ -134,8 +137,11 @@ def _sample(
     if warning := build.assignment_warning(run.config, plan):
         print(warning, file=sys.stderr)
     guided = values.guidance_scale not in (None, 1.0)
-    calls = "adaptively many" if plan.nfe is None else plan.nfe * (1 + guided)
+    calls = "adaptively many" if plan.nfe is None else plan.nfe * (1 + guided + (values.control_strength is not None))
     print(f"{workdir}, step {run.step:,}: {len(seeds)} images of {run.data.shape}, {calls} network calls each")
+    if guided and (scale := run.config.model.get("resolution_scale", 1.0)) != 1:
+        higher = guidance.rescaled(values.guidance_scale, scale)
+        print(f"resolution_scale {scale:g}: guidance_scale {values.guidance_scale:g} of pre-training is about {higher:g} here")
     if values.dry_run:
         print("nothing was written: leave --dry_run out to sample")
         return
@@ -151,6 +157,8 @@ def _sample(
         guidance_scale=values.guidance_scale,
         guidance_channels=values.guidance_channels,
         guidance_power=values.guidance_power,
+        control_strength=values.control_strength,
+        metadata=_metadata(values.metadata),
         mesh=mesh,
     )
     pictures = np.asarray(generate.to_uint8(drawn))
@@ -158,8 +166,18 @@ def _sample(
     if prompts is not None:
         facts |= {"prompts": prompts, "negative_prompt": values.negative_prompt}
     if guided:
-        facts |= {name: values[name].value for name in ("guidance_scale", "guidance_channels", "guidance_power")}
+        facts |= {name: values[name].value for name in ("guidance_scale", "guidance_channels", "guidance_power", "control_strength")}
+    if values.metadata:
+        facts |= {"metadata": _metadata(values.metadata)}
     _write(out, images.grid(pictures), {"images": pictures}, seeds, labels, facts)
+
+
+def _metadata(text: str) -> dict[str, float]:
+    """'height=64,flip=1' -> {"height": 64.0, "flip": 1.0}. Raises ValueError for anything else."""
+    parts = [re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+(?:\.\d+)?)\s*", part) for part in text.split(",") if part.strip()]
+    if None in parts:
+        raise ValueError(f"--metadata={text}: expected names and numbers, for example height=64,width=64,flip=1")
+    return {match[1]: float(match[2]) for match in parts}
 
 
 def _mesh(devices: int) -> "jax.sharding.Mesh | None":

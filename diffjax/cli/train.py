@@ -4,8 +4,9 @@
     python -m diffjax.cli.train --config=configs/quick/edm_digits.py --workdir=runs/digits_teacher --dry_run
 
 The folder gets config.json, metrics.jsonl, checkpoints/, samples/, report.md and report.json. The same command again
-resumes it. Ends with code 0, 2 after an error in the config or the data, or 75 after a stop by a signal (saved: run
-it again).
+resumes it. --config.method.start=RUN, with method edm, begins at the weights of another run, also of another resolution
+or other classes (`build.transfer`). Ends with code 0, 2 after an error in the config or the data, or 75 after a stop by
+a signal (saved: run it again).
 """
 
 import os

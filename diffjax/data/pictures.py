@@ -55,11 +55,15 @@ def crop_and_resize(image: np.ndarray, size: int) -> np.ndarray:
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    image = image[top : top + side, left : left + side]
-    if side == size:
+    return resize(image[top : top + side, left : left + side], size, size)
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`image` (H, W, C), uint8 or float32 in [-1, 1], scaled to (height, width, C) by Lanczos, its dtype kept."""
+    if image.shape[:2] == (height, width):
         return image
     planes = [PIL.Image.fromarray(np.ascontiguousarray(plane)) for plane in np.moveaxis(image, 2, 0)]
-    scaled = np.stack([plane.resize((size, size), PIL.Image.Resampling.LANCZOS) for plane in planes], axis=2)
+    scaled = np.stack([plane.resize((width, height), PIL.Image.Resampling.LANCZOS) for plane in planes], axis=2)
     # the filter overshoots at edges; 8-bit planes are clipped by Pillow itself
     return scaled if scaled.dtype == np.uint8 else np.clip(scaled, -1, 1)
 

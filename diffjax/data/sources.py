@@ -1,4 +1,4 @@
-"""Random-access image sources: `len(source)` and `source[i] -> {"image": (H, W, C), "label": int32}`.
+"""Random-access sources: `len(source)` and `source[i] -> {"image": (H, W, C), "label": int32}`.
 
 Images are uint8 in 0..255, or float32 in [-1, 1]; `label` is there exactly where `num_classes` is not 0. A
 source is checked when it is made (sizes, labels, a selection of images decoded), so that a wrong data set
@@ -8,17 +8,23 @@ is reported before anything is compiled; every image is checked again when it is
     source[0]["image"].shape, source[0]["label"]      # (8, 8, 1), 0
 
 Kinds, and what they take besides the shape:
-    digits         scikit-learn's 1,797 handwritten digits, 8x8, 10 classes
-    arrays         path: .npz with image(s) (N, H, W, C), label(s) (N,)
+    digits         scikit-learn's 1,797 handwritten digits, 8x8, 10 classes; views: how many of each, with metadata, of any
+                   size, see `digits`
+    shapes         num: drawn pictures of two coloured things, of many sizes, see `synthetic`
+    arrays         path: .npz with image(s) (N, H, W, C), label(s) (N,); for metadata without resize height (N,), ...
     prompts        path: a file of texts, one a line, without images; held_out: how many of the last are left out
     image_folder   path: folder or .zip, see `pictures`
+    webdataset     path: folder of .tar, see `webdataset`
     array_record   path: file, or folder of *.array_record*, made by `write_array_record`
     tfds           dataset, split, data_dir, download: tensorflow-datasets, without TensorFlow
-All of images but digits take resize=True: crop the centre and scale. Otherwise other sizes are errors.
+    latents        path: folder made by diffjax.cli.prepare; skip_corrupt: see `latents`; what images became
+All of images but digits take resize=True: crop the centre and scale (otherwise other sizes are errors), and
+metadata=True: beside the image float32 height, width of the original, top, left of the crop in pixels of the
+scaled original, flip (0) and aspect (width / height). Those that know texts take captions=True: "caption" in
+place of the label.
 """
 
 import dataclasses
-import difflib
 import inspect
 import io
 import struct
@@ -31,7 +37,8 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from diffjax.data import pictures, texts
+from diffjax.data import checks, latents, pictures, synthetic, texts, tfds, webdataset
+from diffjax.data import digits as digit_views
 
 Item = dict[str, np.ndarray]
 _EARLY_READS = 256  # images decoded when a source is made, evenly spaced
@@ -49,7 +56,8 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataShape:
-    """What the network expects: square images of `image_size` pixels, `channels`, and `num_classes` (0 = no labels).
+    """What the network expects: square images of `image_size` pixels (0 = of any size, for who crops them), `channels`,
+    and `num_classes` (0 = no labels).
     scale: what pixels in [-1, 1] are multiplied with before noise is added, and samples divided by (Li 2025, section 5.6).
     """
 
@@ -70,13 +78,15 @@ def load(name: str, shape: DataShape, **options: Any) -> Source:
     """
     if name not in SOURCES:
         raise ValueError(
-            f"data.name: unknown data set {name!r}, expected one of {sorted(SOURCES)}{_nearest(name, SOURCES)}; "
+            f"data.name: unknown data set {name!r}, expected one of {sorted(SOURCES)}{checks.nearest(name, SOURCES)}; "
             f"data sets of tensorflow-datasets are data.name = 'tfds', data.dataset = {name!r}"
         )
     allowed = list(inspect.signature(SOURCES[name]).parameters)[1:]
+    options = {key: value for key, value in options.items() if key in allowed or value != ""}  # emptied by a flag
     for key in options:
         if key not in allowed:
-            raise ValueError(f"data.{key}: unknown for {name!r}, expected some of {allowed}{_nearest(key, allowed)}")
+            near = checks.nearest(key, allowed)
+            raise ValueError(f"data.{key}: unknown for {name!r}, expected some of {allowed}{near}")
     source = SOURCES[name](shape, **options)
     if len(source) == 0:
         raise ValueError(f"data set {name!r} with {options} holds no image")
@@ -86,7 +96,7 @@ def load(name: str, shape: DataShape, **options: Any) -> Source:
 
 
 def read(source: Source, indices: Sequence[int]) -> Item:
-    """Those images as one batch {"image": (B, H, W, C), "label": int32 (B,)}."""
+    """Those items as one batch {"image": (B, H, W, C), "label": int32 (B,)}."""
     items = source.__getitems__(indices) if hasattr(source, "__getitems__") else [source[i] for i in indices]
     return {key: np.stack([item[key] for item in items]) for key in items[0]}
 
@@ -95,39 +105,47 @@ def read(source: Source, indices: Sequence[int]) -> Item:
 
 
 class Arrays:
-    """Images (N, H, W, C) uint8 or float32 in [-1, 1], labels (N,) of integers or None; all checked at once."""
+    """Images (N, H, W, C) uint8 or float32 in [-1, 1], labels (N,) of integers or None; all checked at once. told:
+    names to (N,), further entries of the items."""
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray | None, shape: DataShape):
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray | None, shape: DataShape, told: Mapping[str, np.ndarray] = {}
+    ):
         if images.ndim != 4 or (labels is not None and np.shape(labels) != (len(images),)):
             found = None if labels is None else np.shape(labels)
             raise ValueError(f"expected images (N, H, W, C) and labels (N,), found {images.shape} and {found}")
         if len(images):
-            _check_image(images, (len(images), *shape.shape), "the array of images")
+            checks.check_image(images, (len(images), *shape.shape), "the array of images")
         if shape.num_classes and labels is None:
             raise ValueError("data.num_classes is set and the data has no labels: add them or set num_classes = 0")
         if shape.num_classes and len(images):
-            _check_labels(np.asarray(labels), shape.num_classes, "the array of labels")
-        self._images = images
-        self._labels = np.asarray(labels).astype(np.int32) if shape.num_classes else None
+            checks.check_labels(np.asarray(labels), shape.num_classes, "the array of labels")
+        self._columns = {"image": images, **told}
+        if shape.num_classes:
+            self._columns["label"] = np.asarray(labels).astype(np.int32)
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._columns["image"])
 
     def __getitem__(self, index: int) -> Item:
-        label = {} if self._labels is None else {"label": self._labels[index]}
-        return {"image": self._images[index], **label}
+        return {name: column[index] for name, column in self._columns.items()}
 
 
 class Records:
     """Anything indexable that gives records; each is decoded, resized if asked, and checked when read.
 
-    decode(record, name) -> {"image", "label"}; `what` and the index name an item in messages.
+    decode(record, name) -> {"image", "label"}, and "caption", which then stands for the label; "height" and "width"
+    where the picture was made smaller before. `what` and the index name an item in messages.
     """
 
     def __init__(
-        self, records: Sequence, decode: Callable[[Any, str], Item], shape: DataShape, resize: bool, what: str
-    ):
+        self, records: Sequence, decode: Callable[[Any, str], Item], shape: DataShape, resize: bool, what: str,
+        metadata: bool = False,
+    ):  # fmt: skip
+        if metadata and not resize and shape.image_size:
+            raise ValueError("data.metadata tells what data.resize did to a picture: set data.resize = True")
         self._records, self._decode, self._shape, self._resize, self._what = records, decode, shape, resize, what
+        self._metadata = metadata or not shape.image_size  # who crops pictures has to know
 
     def __len__(self) -> int:
         return len(self._records)
@@ -145,31 +163,55 @@ class Records:
         name = self._records.name(index) if hasattr(self._records, "name") else f"image {index} of {self._what}"
         item = self._decode(record, name)
         image = item["image"]
+        told = _told(image, self._shape.image_size, item) if self._metadata and image.ndim == 3 else {}
         if self._resize and image.ndim == 3:
-            _check_image(image, (*image.shape[:2], self._shape.channels), name)
+            checks.check_image(image, (*image.shape[:2], self._shape.channels), name)
             image = pictures.crop_and_resize(image, self._shape.image_size)
-        _check_image(image, self._shape.shape, name)
+        checks.check_image(image, self._shape.shape, name)
+        if "caption" in item:
+            return {"image": image, "caption": item["caption"], **told}
         if not self._shape.num_classes:
-            return {"image": image}
+            return {"image": image, **told}
         if "label" not in item:
             raise ValueError(f"{name} has no label: add labels or set data.num_classes = 0")
         label = np.asarray(item["label"])
-        _check_labels(label, self._shape.num_classes, name)
-        return {"image": image, "label": label.astype(np.int32)}
+        checks.check_labels(label, self._shape.num_classes, name)
+        return {"image": image, "label": label.astype(np.int32), **told}
 
 
-def _digits(shape: DataShape) -> Source:
+def _told(image: np.ndarray, size: int, item: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Metadata of `image` and of what `pictures.crop_and_resize` makes of it; size 0: of the whole image. The size of
+    the original is that of the item, where the item knows it."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    scale = size / side
+    told = {"height": item.get("height", height), "width": item.get("width", width)}
+    told |= {"top": (height - side) // 2 * scale, "left": (width - side) // 2 * scale, "flip": 0}
+    return {name: np.float32(value) for name, value in {**told, "aspect": told["width"] / told["height"]}.items()}
+
+
+def _digits(shape: DataShape, views: int = 0) -> Source:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError("the digits come with scikit-learn; type: pip install 'diffjax[demo]'") from error
     digits = load_digits()
-    # 17 grey levels, 0..16
-    return Arrays((digits.images / 8 - 1).astype(np.float32)[..., None], digits.target, shape)
+    if views:
+        images, told = digit_views.views((digits.images * (255 / 16)).round().astype(np.uint8), shape.image_size, views)
+        return Arrays(images, np.repeat(digits.target, views), shape, told)
+    # 17 grey levels, 0..16; grey becomes RGB, as in picture files
+    images = np.repeat((digits.images / 8 - 1).astype(np.float32)[..., None], 3 if shape.channels == 3 else 1, axis=3)
+    return Arrays(images, digits.target, shape)
 
 
-def _arrays(shape: DataShape, path: str, resize: bool = False) -> Source:
-    file_path = _existing(path)
+def _shapes(
+    shape: DataShape, num: int = 10_000, resize: bool = False, metadata: bool = False, captions: bool = False
+) -> Source:
+    return Records(synthetic.Shapes(num, captions), _as_is, shape, resize, "shapes", metadata)
+
+
+def _arrays(shape: DataShape, path: str, resize: bool = False, metadata: bool = False) -> Source:
+    file_path = checks.existing(path)
     if not zipfile.is_zipfile(file_path):  # numpy would take it for a pickle
         raise ValueError(f"{path} is no readable .npz file (not a complete .zip): make it with numpy.savez")
     try:
@@ -181,22 +223,45 @@ def _arrays(shape: DataShape, path: str, resize: bool = False) -> Source:
     labels = arrays.get("labels", arrays.get("label"))
     if images is None:
         raise ValueError(f"{path} must hold an array 'images' (N, H, W, C), found {sorted(arrays)}")
+    told = _columns(arrays, images, path) if metadata and not resize else {}
+    if metadata and resize and images.ndim == 4 and len(images):
+        told = {name: np.full(len(images), value) for name, value in _told(images[0], shape.image_size, {}).items()}
     if resize and images.ndim == 4 and len(images):
-        _check_image(images, (*images.shape[:3], shape.channels), path)
+        checks.check_image(images, (*images.shape[:3], shape.channels), path)
         images = np.stack([pictures.crop_and_resize(image, shape.image_size) for image in images])
-    return Arrays(images, labels, shape)
+    return Arrays(images, labels, shape, told)
 
 
-def _image_folder(shape: DataShape, path: str, resize: bool = False) -> Source:
+def _columns(arrays: Mapping[str, np.ndarray], images: np.ndarray, path: str) -> dict[str, np.ndarray]:
+    """Metadata that a file of arrays has itself, (N,) each."""
+    found = {name: np.shape(arrays.get(name)) for name in latents.METADATA}
+    wrong = {name: shape for name, shape in found.items() if shape != (len(images),)}
+    if wrong:
+        raise ValueError(
+            f"{path} tells {sorted(wrong)} of no image, or not of each (found shapes {wrong}): add arrays "
+            f"{', '.join(latents.METADATA)} (N,), or set data.resize = True, or leave data.metadata out"
+        )
+    told = {name: arrays[name].astype(np.float32) for name in latents.METADATA}
+    return {**told, "aspect": told["width"] / told["height"]}
+
+
+def _image_folder(shape: DataShape, path: str, resize: bool = False, metadata: bool = False) -> Source:
     size = 0 if resize else shape.image_size
-    files = pictures.PictureFiles(_existing(path), shape.channels, shape.num_classes, size)
-    return Records(files, _as_is, shape, resize, path)
+    files = pictures.PictureFiles(checks.existing(path), shape.channels, shape.num_classes, size)
+    return Records(files, _as_is, shape, resize, path, metadata)
 
 
-def _array_record(shape: DataShape, path: str, resize: bool = False) -> Source:
+def _webdataset(
+    shape: DataShape, path: str, resize: bool = False, metadata: bool = False, captions: bool = False
+) -> Source:
+    files = webdataset.TarFiles(checks.existing(path), shape.channels, shape.num_classes > 0, captions)
+    return Records(files, _as_is, shape, resize, path, metadata)
+
+
+def _array_record(shape: DataShape, path: str, resize: bool = False, metadata: bool = False) -> Source:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    root = _existing(path)
+    root = checks.existing(path)
     files = [root] if root.is_file() else sorted(root.glob("*.array_record*"))
     for file in files:
         try:
@@ -205,7 +270,7 @@ def _array_record(shape: DataShape, path: str, resize: bool = False) -> Source:
             raise ValueError(f"{file} is no complete ArrayRecord file ({error}): write it again") from error
     if not files:
         raise ValueError(f"no *.array_record* file in {path}")
-    return Records(ArrayRecordDataSource([str(f) for f in files]), _decode_record, shape, resize, path)
+    return Records(ArrayRecordDataSource([str(f) for f in files]), _decode_record, shape, resize, path, metadata)
 
 
 def _tfds(
@@ -215,54 +280,22 @@ def _tfds(
     data_dir: str = "",
     download: bool = False,
     resize: bool = False,
+    metadata: bool = False,
 ) -> Source:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(f"{dataset!r} needs tensorflow-datasets; type: pip install tensorflow-datasets") from error
-    where = data_dir or "the default folder of tensorflow-datasets"
-    try:
-        builder = tfds.builder(dataset, data_dir=data_dir or None)
-    except tfds.core.registered.DatasetNotFoundError as error:
-        near = _nearest(dataset, tfds.list_builders(with_community_datasets=False))
-        raise ValueError(f"data.dataset: tensorflow-datasets has no {dataset!r}{near}") from error
-    if not builder.is_prepared() and not download:
-        raise FileNotFoundError(
-            f"{dataset!r} is not prepared in {where}: set data.data_dir to the folder that holds it, or "
-            "data.download = True to fetch it"
-        )
-    if builder.is_prepared():
-        _check_features(builder, shape, split, f"{dataset!r} in {where}")
-    records = tfds.data_source(dataset, split=split, data_dir=data_dir or None, download=download)
-    return Records(records, _image_and_label, shape, resize, f"{dataset!r}, split {split!r}")
-
-
-def _check_features(builder: Any, shape: DataShape, split: str, what: str) -> None:
-    features, file_format = builder.info.features, str(builder.info.file_format.value)
-    if file_format not in ("array_record", "parquet"):
-        raise ValueError(
-            f"{what} is stored as {file_format}, which has no random access: prepare it again with "
-            "builder.download_and_prepare(file_format='array_record')"
-        )
-    missing = [name for name in ("image", "label") if name not in features and (name == "image" or shape.num_classes)]
-    if missing:
-        raise ValueError(f"{what} has no feature {missing}, found {sorted(features)}")
-    classes = getattr(features["label"], "num_classes", None) if "label" in features else None
-    if shape.num_classes and classes is not None and classes != shape.num_classes:
-        raise ValueError(f"{what} has {classes} classes, found data.num_classes = {shape.num_classes}: set {classes}")
-    base = split.partition("[")[0]
-    if "+" not in split and base != "all" and base not in builder.info.splits:
-        found = list(builder.info.splits)
-        raise ValueError(f"data.split: {what} has no split {split!r}, expected one of {found}{_nearest(base, found)}")
+    records, what = tfds.open_split(dataset, split, data_dir, download, shape.num_classes)
+    return Records(records, _image_and_label, shape, resize, what, metadata)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": _digits,
+    "shapes": _shapes,
     "arrays": _arrays,
     "prompts": texts.prompts,
     "image_folder": _image_folder,
+    "webdataset": _webdataset,
     "array_record": _array_record,
     "tfds": _tfds,
+    "latents": latents.load,
 }
 
 
@@ -302,7 +335,7 @@ def _encode_record(item: Mapping[str, Any], name: str) -> bytes:
     image = np.asarray(item["image"])
     if image.ndim != 3:
         raise ValueError(f"{name} has shape {image.shape}, expected (H, W, C)")
-    _check_image(image, image.shape, name)
+    checks.check_image(image, image.shape, name)
     buffer = io.BytesIO()
     if image.dtype == np.uint8 and image.shape[2] in (1, 3):
         PIL.Image.fromarray(image[..., 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
@@ -334,41 +367,3 @@ def _as_is(item: Item, name: str) -> Item:
 
 def _image_and_label(item: Mapping[str, Any], name: str) -> Item:
     return {key: item[key] for key in ("image", "label") if key in item}
-
-
-# Checks ----------------------------------------------------------------------------------------------------------
-
-
-def _existing(path: str) -> Path:
-    if not path or not Path(path).exists():
-        raise FileNotFoundError(f"data.path: {path!r} does not exist: give the path of your data")
-    return Path(path)
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(names), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _check_image(image: np.ndarray, shape: tuple[int, ...], what: str) -> None:
-    if image.shape[:-1] != shape[:-1]:
-        raise ValueError(
-            f"{what} has shape {image.shape}, expected {shape}: set data.image_size, or data.resize = True to crop "
-            "the centre and scale"
-        )
-    if image.shape != shape:
-        raise ValueError(f"{what} has {image.shape[-1]} channels, expected {shape[-1]}: set data.channels")
-    if image.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"{what} is {image.dtype}, expected uint8 (0..255) or float32 (-1..1): convert it")
-    # a NaN fails the comparison too
-    if image.dtype == np.float32 and not (image.min() >= -1 and image.max() <= 1):
-        raise ValueError(f"{what} spans {image.min():g}..{image.max():g}, expected float32 in -1..1: rescale it")
-
-
-def _check_labels(labels: np.ndarray, num_classes: int, what: str) -> None:
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{what} holds {labels.dtype} labels, expected integers 0..{num_classes - 1}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"{what} has labels {labels.min()}..{labels.max()}, expected 0..{num_classes - 1}: set data.num_classes"
-        )

@@ -1,12 +1,13 @@
-"""Prompts as the numbers that text encoders read: CLIP's byte pairs (Sennrich 2016), T5's pieces (Kudo 2018).
+"""Prompts as the numbers that text encoders read: CLIP's byte pairs (Sennrich 2016), T5's pieces (Kudo 2018), BERT's
+(Schuster 2012).
 
     tokenise = ClipTokeniser("sd15/tokenizer")
     ids, mask, cut = tokenise(["a photo of a cat", ""])        # (2, 77) int32, (2, 77) bool, ("", "")
     tokenise = SentencePieceTokeniser("pixart/tokenizer", length=120)
 
 Vocabularies come with published models; the code that applies them is that of the packages tokenizers and
-sentencepiece, so ids are those of transformers' CLIPTokenizer and T5Tokenizer. What does not fit is cut off, returned
-and said in a warning.
+sentencepiece, so ids are those of transformers' CLIPTokenizer, T5Tokenizer and BertTokenizer. What does not fit is cut
+off, returned and said in a warning.
 """
 
 import gzip
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+_WORD_PIECE_TOKENS = ("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
 
 # Radford 2021's code: what is one word; letters stay together, digits do not
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -40,26 +42,15 @@ class Tokens(NamedTuple):
     cut: tuple[str, ...]
 
 
-class ClipTokeniser:
-    """Texts -> Tokens of `length`: the start token, at most length - 2 of the text, the end token, padding.
+class _Enclosed:
+    """Texts -> Tokens of `length`: a start token, at most length - 2 of the text, an end token, padding. What has this
+    base sets the four numbers and _backend, a tokeniser of the package tokenizers."""
 
-    source: a folder of transformers' CLIPTokenizer (vocab.json and merges.txt, or tokenizer.json), or OpenAI's file
-    bpe_simple_vocab_16e6.txt.gz; without one, that file of an installed open_clip or clip package. Both have the same
-    vocabulary, but not the same padding: the end token, or "!", whose id is 0, for OpenCLIP's encoders (Stable
-    Diffusion 2, the second of XL). A folder says which, and as in transformers a padding token that is in a text is
-    read as such; `pad` says otherwise, for padding alone.
-
-    Text is put in Unicode's composed form and lower case, nothing else: HTML and broken encodings are not mended.
-    Raises FileNotFoundError where there is no vocabulary, ValueError for a damaged one.
-    """
-
-    def __init__(self, source: str | os.PathLike[str] | None = None, length: int = 77, pad: str | None = None):
-        if length < 3:
-            raise ValueError(f"found length={length}, expected 3 at least: a start and an end token are in it")
-        files = _clip_files(Path(source) if source is not None else _installed_merges())
-        self.length, self._backend = length, _clip_backend(files)
-        self.start, self.end = self._id(files.named["bos_token"]), self._id(files.named["eos_token"])
-        self.pad = self._id(files.named["pad_token"] if pad is None else pad)
+    length: int
+    start: int
+    end: int
+    pad: int
+    _backend: Any
 
     def __call__(self, texts: Sequence[str]) -> Tokens:
         _check_texts(texts)
@@ -74,6 +65,42 @@ class ClipTokeniser:
         if found is None:
             raise ValueError(f"the vocabulary has no {token!r}: get its files again, or name a padding token it has")
         return found
+
+
+class ClipTokeniser(_Enclosed):
+    """Texts -> Tokens of `length`: the start token, at most length - 2 of the text, the end token, padding.
+
+    source: a folder of transformers' CLIPTokenizer (vocab.json and merges.txt, or tokenizer.json), or OpenAI's file
+    bpe_simple_vocab_16e6.txt.gz; without one, that file of an installed open_clip or clip package. Both have the same
+    vocabulary, but not the same padding: the end token, or "!", whose id is 0, for OpenCLIP's encoders (Stable
+    Diffusion 2, the second of XL). A folder says which, and as in transformers a padding token that is in a text is
+    read as such; `pad` says otherwise, for padding alone.
+
+    Text is put in Unicode's composed form and lower case, nothing else: HTML and broken encodings are not mended.
+    Raises FileNotFoundError where there is no vocabulary, ValueError for a damaged one.
+    """
+
+    def __init__(self, source: str | os.PathLike[str] | None = None, length: int = 77, pad: str | None = None):
+        _check_length(length)
+        files = _clip_files(Path(source) if source is not None else _installed_merges())
+        self.length, self._backend = length, _clip_backend(files)
+        self.start, self.end = self._id(files.named["bos_token"]), self._id(files.named["eos_token"])
+        self.pad = self._id(files.named["pad_token"] if pad is None else pad)
+
+
+class WordPieceTokeniser(_Enclosed):
+    """Texts -> Tokens of `length`: [CLS], at most length - 2 of the text, [SEP], padding. BERT's; Devlin 2019.
+
+    source: tokenizer.json, or vocab.txt, or a folder with one of them. Beside a vocab.txt, tokenizer_config.json may
+    say do_lower_case = false; otherwise text is put in lower case without accents. Special tokens' names in a text
+    ("[SEP]") are taken for those tokens, as in transformers. Raises as ClipTokeniser.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], length: int = 512):
+        _check_length(length)
+        path = _one_of(Path(source), ("tokenizer.json", "vocab.txt"))
+        self.length, self._backend = length, _word_pieces(path)
+        self.start, self.end, self.pad = (self._id(token) for token in _WORD_PIECE_TOKENS[:3])
 
 
 class SentencePieceTokeniser:
@@ -97,6 +124,11 @@ class SentencePieceTokeniser:
         found = self._encode(list(texts))
         cut = [self._decode(ids[room:]) if len(ids) > room else "" for ids in found]
         return _tokens([[*ids[:room], self.end] for ids in found], self.pad, self.length, cut)
+
+
+def _check_length(length: int) -> None:
+    if length < 3:
+        raise ValueError(f"found length={length}, expected 3 at least: a start and an end token are in it")
 
 
 def _check_texts(texts: Sequence[str]) -> None:
@@ -242,6 +274,29 @@ def _json_pieces(path: Path) -> tuple[Any, Any, int, int]:
         raise ValueError(f"{path} has no '</s>' or no '<pad>': it is of another tokeniser than T5's")
     encode = lambda texts: [line.ids for line in backend.encode_batch(texts, add_special_tokens=False)]  # noqa: E731
     return encode, backend.decode, end, pad
+
+
+def _word_pieces(path: Path) -> Any:
+    """BERT's tokeniser of a tokenizer.json or vocab.txt, on the package tokenizers."""
+    tokenizers = _tokenizers()
+    if path.suffix == ".json":
+        kind = _json(path).get("model", {}).get("type")
+        if kind != "WordPiece":
+            raise ValueError(f"{path} holds a model {kind!r}, expected 'WordPiece': it is no tokeniser of BERT")
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+    said = path.parent / "tokenizer_config.json"
+    lower = _json(said).get("do_lower_case", True) if said.is_file() else True
+    # splitlines would break lines at pieces
+    lines = _bytes(path).decode("utf-8").removesuffix("\n").split("\n")
+    pieces = {line.removesuffix("\r"): index for index, line in enumerate(lines)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(pieces, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens([token for token in _WORD_PIECE_TOKENS if token in pieces])
+    return backend
 
 
 def _one_of(path: Path, files: tuple[str, ...]) -> Path:

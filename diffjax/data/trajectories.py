@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.data import shards
+
 HEADER = "trajectories.json"
-_CLAIM = "unfinished.json"
 _SHARD_STEPS = 64
 
 
@@ -26,28 +27,18 @@ def write(
     Shards that an interrupted call left complete are kept. Raises FileExistsError where the folder holds a finished
     cache, or shards that were made for something else.
     """
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    folder, made_for = Path(folder), json.loads(json.dumps(made_for))
-    if (folder / HEADER).exists():
-        raise FileExistsError(f"{folder} holds finished trajectories: choose another folder, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, {**made_for, "total_steps": num_steps})
+    folder = Path(folder)
+    shards.claim(folder, {**made_for, "total_steps": num_steps}, HEADER, "trajectories")
     for first in range(0, num_steps, _SHARD_STEPS):
         last = min(first + _SHARD_STEPS, num_steps)
         path = folder / _shard(first)
         if not path.exists():
-            unfinished = path.with_suffix(".unfinished")
-            writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-            for step in range(first, last):
-                writer.write(np.ascontiguousarray(targets(step), "<f4").tobytes())
-                yield step + 1
-            writer.close()
-            unfinished.rename(path)
+            records = (np.ascontiguousarray(targets(step), "<f4").tobytes() for step in range(first, last))
+            for count in shards.write(path, records):
+                yield first + count
         yield last
     header = {"made_for": made_for, "num_steps": num_steps, "shape": np.shape(targets(0))}
-    (folder / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-    (folder / _CLAIM).unlink()
+    shards.finish(folder, HEADER, header)
 
 
 class Cached:
@@ -64,17 +55,12 @@ class Cached:
         if not (folder / HEADER).exists():
             raise FileNotFoundError(f"{folder} holds no finished trajectories: make them with diffjax.cli.prepare")
         header = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-        wanted = json.loads(json.dumps(made_for))
-        lines = [
-            f"{key}: made for {header['made_for'].get(key)!r}, the run has {wanted.get(key)!r}"
-            for key in sorted(header["made_for"].keys() | wanted.keys())
-            if header["made_for"].get(key) != wanted.get(key)
-        ]
+        lines = shards.differences(header["made_for"], json.loads(json.dumps(made_for)))
         if lines:
             raise ValueError(f"the trajectories in {folder} do not fit this run:\n  " + "\n  ".join(lines))
         self._shape, self._num_steps = tuple(header["shape"]), header["num_steps"]
-        shards = [str(folder / _shard(first)) for first in range(0, self._num_steps, _SHARD_STEPS)]
-        self._records, self._step, self._folder = ArrayRecordDataSource(shards), 0, folder
+        files = [str(folder / _shard(first)) for first in range(0, self._num_steps, _SHARD_STEPS)]
+        self._records, self._step, self._folder = ArrayRecordDataSource(files), 0, folder
         if self._num_steps < num_steps:
             raise ValueError(
                 f"{folder} holds the trajectories of {self._num_steps} steps, the run has {num_steps}: make more in "
@@ -104,11 +90,3 @@ class Cached:
 
 def _shard(first: int) -> str:
     return f"targets-{first // _SHARD_STEPS:05d}.array_record"
-
-
-def _claim(folder: Path, made_for: dict[str, Any]) -> None:
-    """Leave a note of what the shards are for, or refuse the note of another cache."""
-    note = folder / _CLAIM
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != made_for:
-        raise FileExistsError(f"{folder} holds unfinished trajectories of another run: choose another folder")
-    note.write_text(json.dumps(made_for), encoding="utf-8")

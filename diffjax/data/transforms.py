@@ -54,8 +54,12 @@ def to_float(images: Array) -> Array:
 
 def flip(images: Array, key: Key) -> Array:
     """Mirror each of `images` (B, H, W, C) left to right with probability 1/2, image i by the i-th split of `key`."""
-    keys = jax.random.split(key, len(images))
-    return _flip(images, jax.vmap(jax.random.bernoulli)(keys), axis=2)
+    return _flip(images, flipped(key, len(images)), axis=2)
+
+
+def flipped(key: Key, count: int) -> Array:
+    """Which of so many images `flip` mirrors with this key, bool (B,)."""
+    return jax.vmap(jax.random.bernoulli)(jax.random.split(key, count))
 
 
 class Transformation(NamedTuple):

@@ -23,7 +23,7 @@ from diffjax.weights import torch_file
 # what diffusers, then transformers call the file of a folder, with shards in FILE.index.json
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _ENDS = (".safetensors", ".bin")
-_CONFIG = "config.json"
+CONFIG = "config.json"
 
 
 class Weights(Mapping[str, Any]):
@@ -91,7 +91,7 @@ def under(weights: Weights, prefix: str) -> Weights:
 
 def config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """config.json of a folder of one model. Raises FileNotFoundError where it is absent, ValueError where it is no dict."""
-    path = Path(folder) / _CONFIG
+    path = Path(folder) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is absent: it says how the model is built; give a folder as diffusers writes it")
     return read_json(path)

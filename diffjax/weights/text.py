@@ -1,4 +1,5 @@
-"""Names of published text and image encoders: CLIP's as transformers and OpenCLIP write them, T5's as the former.
+"""Names of published text and image encoders: CLIP's as transformers and OpenCLIP write them, T5's and BERT's as the
+former.
 
     weights = read("sd15/text_encoder")
     params = to_params(clip_text(weights), weights, abstract(lambda rngs: ClipText(**options, rngs=rngs)))
@@ -122,6 +123,23 @@ T5 = KeyMap(
     ignored=(r"encoder\.embed_tokens\.weight", r"decoder\..*", r"lm_head\.weight"),
 )
 
+BERT = KeyMap(
+    {
+        "tokens": "embeddings.word_embeddings",
+        "positions": "embeddings.position_embeddings.weight",
+        "kinds": "embeddings.token_type_embeddings.weight",
+        "norm": "embeddings.LayerNorm",
+        "blocks/attention/qkv": tuple(f"encoder.layer.{{}}.attention.self.{x}" for x in ("query", "key", "value")),
+        "blocks/attention/out": "encoder.layer.{}.attention.output.dense",
+        "blocks/norm1": "encoder.layer.{}.attention.output.LayerNorm",
+        "blocks/mlp/expand": "encoder.layer.{}.intermediate.dense",
+        "blocks/mlp/contract": "encoder.layer.{}.output.dense",
+        "blocks/norm2": "encoder.layer.{}.output.LayerNorm",
+    },
+    # a table of positions, and what is made of the first token
+    ignored=(r"embeddings\.position_ids", r"pooler\.dense\.(weight|bias)"),
+)
+
 
 def clip_text(weights: Iterable[str]) -> KeyMap:
     """The table for a CLIP text encoder with these names. Raises ValueError for names of something else."""
@@ -175,9 +193,22 @@ def t5_options(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**options, "max_distance": config.get("relative_attention_max_distance", 128)}
 
 
+def bert_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `models.bert.Bert` from transformers' config.json. Raises ValueError where they cannot say it."""
+    _expect(config, "layer_norm_eps", 1e-12)
+    _expect(config, "position_embedding_type", "absolute")
+    _expect(config, "type_vocab_size", 2)
+    return _transformer(config, vocabulary="vocab_size", length="max_position_embeddings")
+
+
 def _clip_options(config: Mapping[str, Any], **more: str) -> dict[str, Any]:
     """What CLIP's two encoders have in common, and `more` of `_renamed`."""
     _expect(config, "layer_norm_eps", 1e-5)
+    return _transformer(config, **more)
+
+
+def _transformer(config: Mapping[str, Any], **more: str) -> dict[str, Any]:
+    """Sizes and activation as BERT, and CLIP after it, call them."""
     options = _renamed(
         config, width="hidden_size", depth="num_hidden_layers", heads="num_attention_heads", hidden="intermediate_size",
         activation="hidden_act", **more,
@@ -197,7 +228,7 @@ def _has_class(config: Mapping[str, Any], name: str) -> bool:
     return name in (config.get("architectures") or ())
 
 
-def _expect(config: Mapping[str, Any], name: str, value: float) -> None:
+def _expect(config: Mapping[str, Any], name: str, value: float | str) -> None:
     if config.get(name, value) != value:
         raise ValueError(f"found {name}={config[name]} in config.json, expected {value}, as published encoders have it")
 

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diffjax.data import sources
+from diffjax.data import sources, texts
 from diffjax.data.sources import DataShape, load
 
 SHAPE = DataShape(6, 3, 2)
@@ -58,6 +58,8 @@ def test_digits():
     assert images.shape == (1797, 8, 8, 1) and images.dtype == np.float32
     np.testing.assert_array_equal(np.unique(images), np.arange(17, dtype=np.float32) / 8 - 1)
     assert load("digits", DataShape(8, 1))[0].keys() == {"image"}  # no classes asked for
+    colour = load("digits", DataShape(8, 3))[5]["image"]  # as grey picture files become it
+    np.testing.assert_array_equal(colour, np.repeat(images[5], 3, axis=2))
 
 
 def test_digits_without_scikit_learn(monkeypatch):
@@ -78,6 +80,7 @@ def test_names_are_answered_with_the_nearest():
         load("image_foldr", SHAPE)
     with pytest.raises(ValueError, match="data.paht: unknown for 'arrays', .*did you mean 'path'"):
         load("arrays", SHAPE, paht="x.npz")
+    assert len(load("digits", DataShape(8, 1), path="")) == 1797  # a config's path, emptied on the command line
 
 
 # Arrays -----------------------------------------------------------------------------------------------------------
@@ -243,6 +246,38 @@ def test_resizing_crops_the_centre(tmp_path, dtype):
     tolerance = 16 if dtype == np.uint8 else 0.08
     np.testing.assert_allclose(small[:, 0].astype(float), np.full((4, 3), image[0, 6, 0]), atol=tolerance)
     np.testing.assert_allclose(small[:, 3].astype(float), np.full((4, 3), image[0, 13, 0]), atol=tolerance)
+
+
+def test_what_resizing_did_is_told(folder, tmp_path):
+    """The original's size, and the window in pixels of the original scaled until it fits; the image is the same."""
+    names = ("height", "width", "top", "left", "flip", "aspect")
+    PIL.Image.new("RGB", (9, 30), (10, 20, 30)).save(folder / "dog" / "3.png")
+    source = load("image_folder", SHAPE, path=str(folder), resize=True, metadata=True)
+    # 21 rows too many, 10 of them above: of 9 pixels 6 are made
+    np.testing.assert_allclose([source[3][name] for name in names], [30, 9, 10 * 6 / 9, 0, 0, 0.3], rtol=1e-6)
+    assert [float(source[0][name]) for name in names] == [6, 6, 0, 0, 0, 1] and source[0]["label"] == 0
+    plain = load("image_folder", SHAPE, path=str(folder), resize=True)
+    np.testing.assert_array_equal(source[3]["image"], plain[3]["image"])
+    batch = sources.read(source, [0, 3])
+    assert all(batch[name].shape == (2,) and batch[name].dtype == np.float32 for name in names)
+    captioned = texts.Captioned(source, ["a cat", "a dog"])
+    assert str(captioned[3]["caption"]) == "a dog" and captioned[3]["height"] == 30 and "label" not in captioned[3]
+    np.savez(tmp_path / "wide.npz", images=np.zeros((5, 8, 20, 3), np.uint8))
+    source = load("arrays", DataShape(4, 3), path=str(tmp_path / "wide.npz"), resize=True, metadata=True)
+    assert [float(source[4][name]) for name in names] == [8, 20, 0, 3, 0, 2.5]
+
+
+def test_arrays_may_tell_their_own_sizes(tmp_path):
+    told = {name: np.arange(5.0) + i for i, name in enumerate(("height", "width", "top", "left", "flip"), 1)}
+    np.savez(tmp_path / "data.npz", images=make_images(), **told)
+    source = load("arrays", DataShape(6, 3), path=str(tmp_path / "data.npz"), metadata=True)
+    assert [float(source[3][name]) for name in (*told, "aspect")] == [4, 5, 6, 7, 8, 1.25]
+    assert load("arrays", DataShape(6, 3), path=str(tmp_path / "data.npz"))[0].keys() == {"image"}
+    for wrong in ({"top": np.zeros(4)}, {"top": None}):
+        left = {name: array for name, array in {**told, **wrong}.items() if array is not None}
+        np.savez(tmp_path / "bad.npz", images=make_images(), **left)
+        with pytest.raises(ValueError, match=r"bad.npz tells \['top'\] of no image, or not of each"):
+            load("arrays", DataShape(6, 3), path=str(tmp_path / "bad.npz"), metadata=True)
 
 
 def test_folders_resize_pictures_of_any_size(folder):

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 
-from diffjax.data.tokenisers import END, START, ClipTokeniser, SentencePieceTokeniser
+from diffjax.data.tokenisers import END, START, ClipTokeniser, SentencePieceTokeniser, WordPieceTokeniser
 
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install 'diffjax[weights]'")
 
@@ -83,7 +83,7 @@ def transformers():
         warnings.simplefilter("ignore")
         reason = "transformers is not installed: pip install 'diffjax[test]'"
         package = pytest.importorskip("transformers", reason=reason)
-        for name in ("CLIPTokenizer", "T5Tokenizer"):
+        for name in ("CLIPTokenizer", "T5Tokenizer", "BertTokenizer"):
             getattr(package, name)
     return package
 
@@ -196,6 +196,60 @@ def test_t5_says_what_it_cuts(pieces, tmp_path):
         SentencePieceTokeniser(tmp_path, length=len(ours._encode("the cat")))(["the cat"])
     assert (ids[1:, -1] == 1).all() and mask.sum(axis=1).tolist() == [1, 4, 4]
     assert cut[0] == "" and cut[1].endswith("hello!") and cut[2].endswith("mat") and "sitting on the mat" not in ids[2]
+
+
+@pytest.fixture(scope="module")
+def word_pieces():
+    """BERT's special tokens, then pieces of the sentences, as the lines of a vocab.txt."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = tokenizers.trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(SENTENCES * 3, trainer)
+    found = backend.get_vocab()
+    return sorted(found, key=found.get)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_bert_equals_transformers(transformers, word_pieces, tmp_path, lower):
+    """Of its vocab.txt, and of the tokenizer.json that transformers writes."""
+    config = {"do_lower_case": lower, "tokenizer_class": "BertTokenizer"}
+    folder = write(tmp_path / "tokenizer", vocab__txt="\n".join([*word_pieces, ""]), tokenizer_config__json=config)
+    reference = transformers.BertTokenizer.from_pretrained(folder)
+    texts = [*TEXTS, "a [SEP] b [MASK] c", "CAT Café"]
+    with pytest.warns(UserWarning, match="their ends are not read"):
+        found = WordPieceTokeniser(folder, length=LENGTH)(texts)
+    assert_same(found, reference, texts)
+    assert found.ids.dtype == np.int32 and found.mask.dtype == bool and (found.ids == word_pieces.index("[UNK]")).any()
+    reference.save_pretrained(tmp_path / "newer")
+    newer = WordPieceTokeniser(tmp_path / "newer" / "tokenizer.json", length=LENGTH)
+    with pytest.warns(UserWarning):
+        assert_same(newer(texts), reference, texts)
+
+
+@pytest.mark.fast
+def test_bert_by_hand(tmp_path):
+    """Words in pieces, longest first; an unknown word is one token; what does not fit is said."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    pieces = [*special, "a", "hand", "##written", "seven", "##s"]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    ours = WordPieceTokeniser(tmp_path, length=8)
+    ids, mask, cut = ours(["A handwritten Sevens", "a frog", ""])
+    said = [["[CLS]", "a", "hand", "##written", "seven", "##s", "[SEP]"], ["[CLS]", "a", "[UNK]", "[SEP]"], ["[CLS]", "[SEP]"]]
+    for row, expected in zip(ids, said, strict=True):
+        assert [pieces[i] for i in row] == expected + ["[PAD]"] * (8 - len(expected))
+    assert mask.sum(axis=1).tolist() == [7, 4, 2] and cut == ("", "", "")
+    with pytest.warns(UserWarning, match="1 of 1 texts have more than 5 tokens.*'sevens'"):
+        assert WordPieceTokeniser(tmp_path, length=5)(["a handwritten sevens"]).cut == ("sevens",)
+    with pytest.raises(ValueError, match="expected 3 at least"):
+        WordPieceTokeniser(tmp_path, length=2)
+    with pytest.raises(ValueError, match=r"the vocabulary has no '\[CLS\]'"):
+        WordPieceTokeniser(write(tmp_path / "other", vocab__txt="a\nb\n[UNK]"))
+    with pytest.raises(ValueError, match="holds a model 'BPE', expected 'WordPiece'"):
+        WordPieceTokeniser(write(tmp_path / "pairs", tokenizer__json={"model": {"type": "BPE"}}))
+    with pytest.raises(FileNotFoundError, match="no tokenizer.json, nor vocab.txt"):
+        WordPieceTokeniser(write(tmp_path / "empty"))
 
 
 def test_bad_input_is_refused(byte_pairs, pieces, tmp_path):
