@@ -8,5 +8,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare test
-# a process a core, each file in one of them
-python -m pytest tests -n auto --maxprocesses 4 --dist loadfile "$@"
+# a process a core, each file in one of them, in the order of conftest.py
+python -m pytest tests -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

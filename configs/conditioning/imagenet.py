@@ -3,10 +3,8 @@
     python -m diffjax.cli.prepare --kind=latents --config=configs/conditioning/imagenet.py:mmdit_256_improved \
         --config.data.name=tfds --config.data.dataset=imagenet2012 --config.data.path= --crop=random --flips \
         --out=imagenet256_latents
-    python -m diffjax.cli.train --config=configs/conditioning/imagenet.py:mmdit_256_improved \
-        --workdir=runs/imagenet256_mmdit_improved
-    python -m diffjax.cli.train --config=configs/conditioning/imagenet.py:mmdit_512_improved \
-        --workdir=runs/imagenet512_mmdit_improved
+    python -m diffjax.cli.train --config=configs/conditioning/imagenet.py:mmdit_256_improved --workdir=runs/imagenet256_mmdit_improved
+    python -m diffjax.cli.train --config=configs/conditioning/imagenet.py:mmdit_512_improved --workdir=runs/imagenet512_mmdit_improved
 
 The argument: unet, dit, mdt, pixart or mmdit, then 256 or 512 (which starts from the run of 256), then baseline or improved.
 Hardware (from memory of the paper): 16 A100, batches of 2048 at 256 and 384 at 512, 500,000 steps and more.
