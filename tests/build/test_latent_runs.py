@@ -126,6 +126,22 @@ def test_sfd_v_of_stable_diffusion(place):
         build.draw(run, build.run_plan(run), 0, [0], batch_size=1)
 
 
+def test_sfd_of_latent_diffusion(transformers, tmp_path):
+    """Unconditional, as LSUN-Bedroom's, from a folder with a quantised autoencoder to pictures at three calls."""
+    tiny_folders.ldm(transformers, tmp_path / "ldm")
+    assert call(convert, "--kind=folder", tmp_path / "ldm", tmp_path / "teacher") == 0
+    settings = config("sfd/lsun_bedroom.py:3", tmp_path, method__teacher_factor=2)
+    settings.data = ConfigDict({"name": "none"})
+    train_and_evaluate(settings, tmp_path / "sfd")
+    losses = [line["loss"] for line in log(tmp_path / "sfd") if "loss" in line]
+    assert losses and np.isfinite(losses).all() and min(losses) > 0
+    run = build.load_run(tmp_path / "sfd")
+    plan = build.run_plan(run)
+    assert plan.nfe == 3
+    pictures = build.draw(run, plan, 0, [0, 1], batch_size=2)
+    assert pictures.shape == (2, 16, 16, 3) and np.isfinite(pictures).all() and pictures.std() > 0.01
+
+
 def test_prompts_are_seen_and_resumed(place):
     """Each batch has its own captions, encoded as `condition` does it; after a restart they go on where they were."""
     experiment = build.experiment(config("sfd/sd_v15.py", place))
