@@ -45,9 +45,12 @@ def entries(config: ConfigDict) -> list[comparison.Entry]:
 
 def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, dict[str, np.ndarray]]:
     """Table `effects`, and samples of the first seed by variant for a picture."""
-    measures = {"size": _size, "text": _text, "switch": _switch, "bf16": _bf16}
+    measures = {"size": _size, "text": _text, "bf16": _bf16}
     rows, shown = [], {}
     for effect, seed in itertools.product(config.effects, config.seeds):
+        if effect == "switch":  # whose variants are measured against each other
+            rows += _switch(config, seed, progress)
+            continue
         for variant in config.effects[effect]:
             progress(f"seed {seed}: {effect}, {variant}")
             folder = _folder(config, effect, variant, seed)
@@ -55,9 +58,7 @@ def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, 
                 rows.append({"effect": effect, "variant": variant, "seed": seed, "metric": metric, "value": value})
                 if samples is not None and seed == config.seeds[0]:
                     shown[f"{effect}, {variant}"] = samples[: config.shown]
-        if effect == "switch":
-            rows += _steps_to_default(config, seed)
-    return [row for row in rows if row["metric"] != "curve"], shown
+    return rows, shown
 
 
 Measured = Iterator[tuple[str, float | None, np.ndarray | None]]
@@ -91,11 +92,6 @@ def _text(config: ConfigDict, folder: Path, seed: int) -> Measured:
     yield "right_digit", float(np.mean(judge.predict(fid.pixels(samples)) == labels)), None
 
 
-def _switch(config: ConfigDict, folder: Path, seed: int) -> Measured:
-    distances = _along(config, folder, seed)
-    yield "best_frechet_distance", min(distances.values()), None
-
-
 def _along(config: ConfigDict, folder: Path, seed: int) -> dict[int, float]:
     """Distance at each kept step."""
     found, denoise = {}, None
@@ -107,14 +103,17 @@ def _along(config: ConfigDict, folder: Path, seed: int) -> dict[int, float]:
     return found
 
 
-def _steps_to_default(config: ConfigDict, seed: int) -> Rows:
-    curves = {variant: _along(config, _folder(config, "switch", variant, seed), seed) for variant in config.effects.switch}
-    best = min(curves["default"].values())
-    rows = []
+def _switch(config: ConfigDict, seed: int, progress: Callable[[str], None]) -> Rows:
+    curves = {}
+    for variant in config.effects.switch:
+        progress(f"seed {seed}: switch, {variant}")
+        curves[variant] = _along(config, _folder(config, "switch", variant, seed), seed)
+    best, rows = min(curves["default"].values()), []
     for variant, curve in curves.items():
         steps, values = np.array(list(curve), float), np.array(list(curve.values()))
-        value = immiscible.first_below(steps, values, best)
-        rows.append({"effect": "switch", "variant": variant, "seed": seed, "metric": "steps_to_default_best", "value": value})
+        found = {"best_frechet_distance": float(values.min()), "steps_to_default_best": immiscible.first_below(steps, values, best)}
+        own = {"effect": "switch", "variant": variant, "seed": seed}
+        rows += [{**own, "metric": metric, "value": value} for metric, value in found.items()]
     return rows
 
 
