@@ -22,6 +22,7 @@ Metrics = Mapping[str, Array]  # float32 scalars; "nonfinite_*" are reserved, se
 #   text       float (B, S, D), tokens of a text encoder; text_mask bool (B, S), true where they are real
 #   text_length  int32 (B,), how many of them are real where the rest is made of these, see nn.control.pad_text
 #   pooled     float (B, P), one vector of the whole text
+#   image      float (B, S, D), tokens of an image encoder; image_latents (B, h, w, c), the latents of that image
 #   control    float32 (B, k), numbers a network knows the meaning of: sizes, crops, aspect
 #   height, width, top, left, flip, aspect  float32 (B,), of the training picture and its crop; drop_control bool (B,),
 #              true where the network shall not know them; see nn.control

@@ -257,9 +257,9 @@ class UNet(nnx.Module):
         """(B, pooled_width + 256 controls), [pooled | first control | ...]. Podell 2023, section 2.2."""
         parts = []
         if self.pooled_width:
-            parts.append(_given(cond, "pooled", (batch, self.pooled_width), "model.pooled_width"))
+            parts.append(given(cond, "pooled", (batch, self.pooled_width), "model.pooled_width"))
         if self.controls:
-            control = _wide(_given(cond, "control", (batch, self.controls), "model.controls"))
+            control = _wide(given(cond, "control", (batch, self.controls), "model.controls"))
             parts.append(embeddings.positional(control.reshape(-1), CONTROL_FEATURES).reshape(batch, -1))
         return jnp.concatenate(parts, axis=-1)
 
@@ -285,7 +285,7 @@ class UNet(nnx.Module):
             label = cond.get("label")
             label = jnp.full(x.shape[0], self.num_classes, jnp.int32) if label is None else label
             return (self.classes(label)[:, None, :].astype(x.dtype),)
-        text = _given(cond, "text", (x.shape[0], None, self.context_width), "model.context_width")
+        text = given(cond, "text", (x.shape[0], None, self.context_width), "model.context_width")
         return (text.astype(x.dtype),)
 
     def _check_input(self, x: Array) -> None:
@@ -331,7 +331,7 @@ def _heads(width: int, heads: int, head_dim: int) -> int:
     return width // head_dim if head_dim else heads
 
 
-def _given(cond: Cond, name: str, shape: tuple[int | None, ...], option: str) -> Array:
+def given(cond: Cond, name: str, shape: tuple[int | None, ...], option: str) -> Array:
     """cond[name] of this shape, None for any number. Raises ValueError."""
     found, wanted = cond.get(name), "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
     if found is None:

@@ -72,11 +72,9 @@ class AutoencoderKL(nnx.Module):
 
     def moments(self, x_BHWC: Array) -> tuple[Array, Array]:
         """Mean and log variance of the latents before they are scaled, (B, H/f, W/f, c) each, at least float32."""
-        _check_images(x_BHWC, self.channels, self.factor)
+        check_images(x_BHWC, self.channels, self.factor)
         h = self.encoder(x_BHWC)
-        h = h if self.quant_conv is None else self.quant_conv(h)
-        mean, logvar = jnp.split(_wide(h), 2, axis=-1)
-        return mean, jnp.clip(logvar, *_LOGVAR)
+        return gaussian(h if self.quant_conv is None else self.quant_conv(h))
 
     def encode(self, x_BHWC: Array, key: Key) -> Array:
         """Latents drawn with `key`, and scaled, eq. 1."""
@@ -92,6 +90,12 @@ class AutoencoderKL(nnx.Module):
         h = _wide(z_BHWC) / self.scale + self.shift
         h = h if self.post_quant_conv is None else self.post_quant_conv(h)
         return self.decoder(h).astype(z_BHWC.dtype)
+
+
+def gaussian(h_BHWC: Array) -> tuple[Array, Array]:
+    """Mean and log variance of what an encoder gives, (B, H/f, W/f, 2 c), at least float32."""
+    mean, logvar = jnp.split(_wide(h_BHWC), 2, axis=-1)
+    return mean, jnp.clip(logvar, *_LOGVAR)
 
 
 def draw(mean_BHWC: Array, logvar_BHWC: Array, key: Key, scale: float = 1.0, shift: float = 0.0) -> Array:
@@ -132,7 +136,7 @@ class VQModel(nnx.Module):
 
     def encode(self, x_BHWC: Array) -> Array:
         """Scaled latents (B, H/f, W/f, c), at least float32, eq. 2."""
-        _check_images(x_BHWC, self.channels, self.factor)
+        check_images(x_BHWC, self.channels, self.factor)
         return _wide(self.quant_conv(self.encoder(x_BHWC))) * self.scale
 
     def decode(self, z_BHWC: Array) -> Array:
@@ -292,7 +296,7 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _check_images(x_BHWC: Array, channels: int, factor: int) -> None:
+def check_images(x_BHWC: Array, channels: int, factor: int) -> None:
     shape = x_BHWC.shape
     if len(shape) != 4 or shape[3] != channels or shape[1] % factor or shape[2] % factor or not shape[1] * shape[2]:
         raise ValueError(

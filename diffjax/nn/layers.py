@@ -106,9 +106,11 @@ class Conv(nnx.Module):
             self.kernel = nnx.Param(init.draw(rngs.params(), (size, size, inputs, outputs), *fans, init.weight))
             self.bias = nnx.Param(init.draw(rngs.params(), (outputs,), *fans, init.bias))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, places: tuple[int, int] | None = None) -> Array:
+        """places: (H', W') that are left after `up`, for what was halved from odd sizes; None: all."""
         if self.up:
             x = upsample(x, self.taps)
+            x = x if places is None else x[:, : places[0], : places[1]]
         elif self.down and not self.fused:
             x = downsample(x, self.taps)
         if not self.size:

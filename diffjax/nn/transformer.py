@@ -93,12 +93,19 @@ class CrossAttention(nnx.Module):
         self.out = Linear(inner, width, init=init_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BLD: Array, context_BSD: Array, mask_BS: Array | None = None) -> Array:
-        q = split_heads(self.q(x_BLD), self.heads)
+        return self.look(x_BLD, *self.keys_values(context_BSD), mask_BS)
+
+    def keys_values(self, context_BSD: Array) -> tuple[Array, Array]:
+        """(B, S, N, C) each."""
         k, v = (split_heads(part, self.heads) for part in jnp.split(self.kv(context_BSD), 2, axis=-1))
-        if self.norm_q is not None:
-            q, k = self.norm_q(q), self.norm_k(k)
+        return (k, v) if self.norm_k is None else (self.norm_k(k), v)
+
+    def look(self, x_BLD: Array, k_BSNC: Array, v_BSNC: Array, mask_BS: Array | None = None) -> Array:
+        """What tokens get that attend to these keys and values: (B, L, D)."""
+        q = split_heads(self.q(x_BLD), self.heads)
+        q = q if self.norm_q is None else self.norm_q(q)
         mask = None if mask_BS is None else mask_BS[:, None, None, :]
-        return self.out(merge_heads(attend(q, k, v, mask=mask)))
+        return self.out(merge_heads(attend(q, k_BSNC, v_BSNC, mask=mask)))
 
 
 def split_heads(x_BLD: Array, heads: int) -> Array:

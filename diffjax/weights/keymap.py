@@ -26,7 +26,7 @@ from diffjax.core import trees
 from diffjax.core.types import Params
 
 _WEIGHT = ("kernel", "scale", "embedding")
-_AXES = {2: (1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}  # our kernel's axes, from theirs
+_AXES = {2: (1, 0), 3: (2, 1, 0), 4: (2, 3, 1, 0), 5: (2, 3, 4, 1, 0)}  # our kernel's axes, from theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,8 @@ class KeyMap:
     """names: our path -> their name, or several whose first axes follow each other in our last. Of the entries that are
     the beginning of a path, the longest counts. `*` stands for one or more parts of a path, put in place of the `*` of
     the name; `{}` in a name counts along our first axis. pointwise: entries of our matrices (in, out) that are 1x1
-    convolutions there, sequential: that are convolutions over a sequence, (out, in, 1). ignored: patterns of `re.fullmatch` for their names that are no weights. swapped: entries whose
+    convolutions there, and of kernels (3, in, out) that are (out, in, 3, 1, 1); sequential: entries of matrices that are
+    convolutions over a sequence, (out, in, 1). ignored: patterns of `re.fullmatch` for their names that are no weights. swapped: entries whose
     outputs come there with the second half first. straight: entries of our matrices that are (in, out) there too.
     headwise: entries [q | k | v] that come there head by head, each with its own q, k and v, and (number of heads, or
     their width)."""
