@@ -5,12 +5,23 @@ its height is the image's, and cut at a place of its own (`crops`): small origin
 that were scaled up. What was done is drawn from the number of the view alone.
 """
 
+from typing import Any
+
 import numpy as np
 
 from diffjax.data import crops, pictures
 
 HEIGHTS = (4, 6, 8)
 _WIDER = 5 / 4  # of the canvas, over its height
+
+
+def original() -> Any:
+    """scikit-learn's: `images` (1797, 8, 8) of 0..16, `target` (1797,). Raises ImportError where it is not installed."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn; type: pip install 'diffjax[demo]'") from error
+    return load_digits()
 
 
 def views(digits: np.ndarray, size: int, count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

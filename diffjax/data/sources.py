@@ -18,6 +18,9 @@ Kinds, and what they take besides the shape:
     array_record   path: file, or folder of *.array_record*, made by `write_array_record`
     tfds           dataset, split, data_dir, download: tensorflow-datasets, without TensorFlow
     latents        path: folder made by diffjax.cli.prepare; skip_corrupt: see `latents`; what images became
+    moving_digits  num, seed: videos of one of the digits, see `clips`
+    clips          path, every, hop: pieces of video files, see `clips`
+The last two need data.num_frames, and their "image" is a video (T, H, W, C).
 All of images but digits take resize=True: crop the centre and scale (otherwise other sizes are errors), and
 metadata=True: beside the image float32 height, width of the original, top, left of the crop in pixels of the
 scaled original, flip (0) and aspect (width / height). Those that know texts take captions=True: "caption" in
@@ -37,7 +40,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from diffjax.data import checks, latents, pictures, synthetic, texts, tfds, webdataset
+from diffjax.data import checks, clips, latents, pictures, synthetic, texts, tfds, webdataset
 from diffjax.data import digits as digit_views
 
 Item = dict[str, np.ndarray]
@@ -59,17 +62,20 @@ class DataShape:
     """What the network expects: square images of `image_size` pixels (0 = of any size, for who crops them), `channels`,
     and `num_classes` (0 = no labels).
     scale: what pixels in [-1, 1] are multiplied with before noise is added, and samples divided by (Li 2025, section 5.6).
+    num_frames: of videos; 0 = images.
     """
 
     image_size: int
     channels: int
     num_classes: int = 0
     scale: float = 1.0
+    num_frames: int = 0
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
-        return self.image_size, self.image_size, self.channels
+    def shape(self) -> tuple[int, ...]:
+        """(H, W, C), of videos (T, H, W, C)."""
+        frames = (self.num_frames,) if self.num_frames else ()
+        return (*frames, self.image_size, self.image_size, self.channels)
 
 
 def load(name: str, shape: DataShape, **options: Any) -> Source:
@@ -81,6 +87,9 @@ def load(name: str, shape: DataShape, **options: Any) -> Source:
             f"data.name: unknown data set {name!r}, expected one of {sorted(SOURCES)}{checks.nearest(name, SOURCES)}; "
             f"data sets of tensorflow-datasets are data.name = 'tfds', data.dataset = {name!r}"
         )
+    if (name in VIDEOS) != (shape.num_frames > 0):
+        wanted = f"1 or more for {name!r}, which are videos" if name in VIDEOS else f"0: videos are {sorted(VIDEOS)}"
+        raise ValueError(f"found data.num_frames = {shape.num_frames}, expected {wanted}")
     allowed = list(inspect.signature(SOURCES[name]).parameters)[1:]
     options = {key: value for key, value in options.items() if key in allowed or value != ""}  # emptied by a flag
     for key in options:
@@ -191,11 +200,7 @@ def _told(image: np.ndarray, size: int, item: Mapping[str, Any]) -> dict[str, np
 
 
 def _digits(shape: DataShape, views: int = 0) -> Source:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn; type: pip install 'diffjax[demo]'") from error
-    digits = load_digits()
+    digits = digit_views.original()
     if views:
         images, told = digit_views.views((digits.images * (255 / 16)).round().astype(np.uint8), shape.image_size, views)
         return Arrays(images, np.repeat(digits.target, views), shape, told)
@@ -286,6 +291,7 @@ def _tfds(
     return Records(records, _image_and_label, shape, resize, what, metadata)
 
 
+VIDEOS: dict[str, Callable[..., Source]] = {"moving_digits": clips.moving_digits, "clips": clips.of_files}
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": _digits,
     "shapes": _shapes,
@@ -296,6 +302,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "array_record": _array_record,
     "tfds": _tfds,
     "latents": latents.load,
+    **VIDEOS,
 }
 
 
