@@ -122,10 +122,12 @@ def test_package_folders_hold_a_docstring_and_nothing_else():
         assert len(body) == 1 and ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), path
 
 
-def test_configs_import_nothing_but_ml_collections():
+def test_configs_import_nothing_but_ml_collections_and_one_table():
     for path in (ROOT / "configs").rglob("*.py"):
-        found = {name.partition(".")[0] for name, _ in imports(path.read_text(encoding="utf-8"), "configs")}
-        assert found <= {"ml_collections"}, path
+        found = {name for name, _ in imports(path.read_text(encoding="utf-8"), "configs")}
+        assert found <= {"ml_collections.ConfigDict", "diffjax.core.paradigms"}, path
+    source = (ROOT / "diffjax" / "core" / "paradigms.py").read_text(encoding="utf-8")
+    assert {name for name, _ in imports(source, "diffjax.core.paradigms")} == {"typing.Any", "diffjax.core.names"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ SHORT = {  # notebook -> names of its settings and what the test takes for them
     "sfd_v": {"TEACHER_IMAGES": 12_800, "STUDENT_IMAGES": 1_280, "SECOND_IMAGES": 640, "SAMPLES": 200},
     "immiscible": {"IMAGES": 5_120, "UPDATES": 250, "SAMPLES": 200},
     "emd": {"TEACHER_IMAGES": 12_800, "STUDENT_IMAGES": 6_400, "SAMPLES": 200},
+    "conditioning": {"IMAGES": 1_280},
     "text_to_image": {"MODEL": "'tiny'", "STEPS": 3},
 }
 SHOWN = {  # notebook -> number of its pictures, and what it prints
@@ -21,6 +22,7 @@ SHOWN = {  # notebook -> number of its pictures, and what it prints
     "sfd_v": (2, ("second stage, 1 call", "5 calls: SFD-v")),
     "immiscible": (2, ("linear   distance of image", "linear   1 step", "linear, 50 calls: distance")),
     "emd": (3, ("Diff-Instruct, 1 call: distance", "EMD-4, 1 call: distance")),
+    "conditioning": (7, ("strength 1 is plain guidance: largest", "replicate        attention", "level 3.42")),
     "text_to_image": (3, ("unet with 792,964 weights", "pictures of 16 pixels a side", "16 network calls each")),
 }
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from diffjax.build import companions, encoded, parts
 from diffjax.core import names
-from diffjax.data import crops, latents, sources
+from diffjax.data import crops, latents, sources, texts
 
 _GROUP = 16  # pictures read, and texts encoded, at once
 _THREADS = 8  # that read, decode and crop
@@ -29,8 +29,8 @@ _THREADS = 8  # that read, decode and crop
 @dataclasses.dataclass(frozen=True)
 class Crops:
     """What is cut from a picture: `per_image` windows of `kind`, see `data.crops`, and with `flips` as many of its
-    mirror image. high: pixels, of the kinds that need it. Raises ValueError for an unknown kind, and for centre crops
-    beyond the one there is."""
+    mirror image, whose texts say so where they are generated (`texts.CLASSES`). high: pixels, of the kinds that need
+    it. Raises ValueError for an unknown kind, and for centre crops beyond the one there is."""
 
     kind: str = "centre"
     per_image: int = 1
@@ -67,7 +67,9 @@ def job(config: ConfigDict, cut: Crops) -> Job:
         raise ValueError("data.companions is empty: name the folder of the model whose autoencoder makes the latents")
     beside = companions.of_data(config.data)
     if beside.autoencoder is None:
-        raise ValueError(f"data.companions={beside.folder!r} is a text encoder alone: give a folder with an autoencoder")
+        raise ValueError(
+            f"data.companions={beside.folder!r} is a text encoder alone: give a folder with an autoencoder"
+        )
     if beside.autoencoder.moments is None:
         raise ValueError(f"{beside.folder} has a quantised autoencoder, which draws nothing: give one of KL")
     source = parts.source_of(config.data, whole=True)
@@ -84,6 +86,7 @@ def job(config: ConfigDict, cut: Crops) -> Job:
     made_for = {"data": data, "crops": dataclasses.asdict(cut), "pixels": pixels, "seed": config.seed}
     made_for["autoencoder"] = encoded.autoencoder(beside)
     made_for["text_encoder"] = encoded.text_encoder(beside) if layout.text_width else None
+    mirrored = texts.MIRRORED if config.data.get("captions") in texts.CLASSES else ""
 
     def records(first: int, last: int) -> Iterator[list[tuple[str, dict[str, Any]]]]:
         def read(start: int) -> list[tuple]:
@@ -91,7 +94,7 @@ def job(config: ConfigDict, cut: Crops) -> Job:
 
         ahead = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_THREADS)
         for group in grain.MapDataset.range(first, last, _GROUP).map(read).to_iter_dataset(ahead):
-            yield from _encoded(group, beside)
+            yield from _encoded(group, beside, mirrored)
 
     return Job(made_for, layout, len(source), records)
 
@@ -148,26 +151,34 @@ def _cut(
     return index, kept, np.stack(pictures), told
 
 
-def _encoded(group: list[tuple], beside: companions.Companions) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """The records of each picture of a group."""
+def _encoded(
+    group: list[tuple], beside: companions.Companions, mirrored: str
+) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The records of each picture of a group. mirrored: what the text of a mirror image has behind it."""
     moments = beside.moments(np.concatenate([pictures for _, _, pictures, _ in group]))
-    texts = None
+    said, found = [], None
     if "caption" in group[0][1]:
-        texts = beside.condition([str(kept["caption"]) for _, kept, _, _ in group])
-    start = 0
+        said = [str(kept["caption"]) + more for _, kept, _, _ in group for more in dict.fromkeys(("", mirrored))]
+        found = beside.condition(said)
+    start, kinds = 0, len(said) // len(group)  # texts of a picture: one, or another of its mirror image
     for row, (index, kept, _, told) in enumerate(group):
-        text = {} if texts is None else {key: texts[key][row] for key in ("pooled",) if key in texts}
-        text |= {} if texts is None else {"text": _real(texts, row)}
-        name = f"picture {index}"
-        yield [(name, {**kept, **text, **metadata, "moments": moments[start + i]}) for i, metadata in enumerate(told)]
+        records = []
+        for i, metadata in enumerate(told):
+            record = {**kept, **metadata, "moments": moments[start + i]}
+            if found is not None:
+                at = kinds * row + (int(metadata["flip"]) if kinds > 1 else 0)
+                record |= {key: found[key][at] for key in ("pooled",) if key in found}
+                record |= {"caption": said[at], "text": _real(found, at)}
+            records.append((f"picture {index}", record))
+        yield records
         start += len(told)
 
 
-def _real(texts: Mapping[str, np.ndarray], row: int) -> np.ndarray:
+def _real(found: Mapping[str, np.ndarray], row: int) -> np.ndarray:
     """The tokens (n, D) of a text that are no padding."""
-    if "text_mask" in texts:
-        return texts["text"][row][texts["text_mask"][row].astype(bool)]
-    return texts["text"][row][: texts["text_length"][row]]
+    if "text_mask" in found:
+        return found["text"][row][found["text_mask"][row].astype(bool)]
+    return found["text"][row][: found["text_length"][row]]
 
 
 def _text_widths(beside: companions.Companions) -> tuple[int, int]:

@@ -54,14 +54,16 @@ def cfg(denoise: Denoiser, guidance_scale: Scale, uncond: Uncond | None, channel
 
 
 def two_strengths(
-    denoise: Denoiser, guidance_scale: Scale, control_strength: Array | float, without_semantics: Uncond, without_all: Uncond
-) -> Denoiser:
+    denoise: Denoiser, guidance_scale: Scale, control_strength: Array | float, without_semantics: Uncond,
+    without_all: Uncond,
+) -> Denoiser:  # fmt: skip
     """Guidance of strength b towards semantics c alone, of strength w towards semantics and control s together. Berrada
     2024, section 3.1; three calls.
 
         D = w [b D(c, s) + (1 - b) D(0, s)] + (1 - w) D(0, 0)                                         (3)
 
-    b = `control_strength` = 1 is (1) from (0, 0) to (c, s). The last two make the conditions (0, s) and (0, 0) of (c, s).
+    b = `control_strength` = 1 is (1) from (0, 0) to (c, s). The last two make the conditions (0, s) and (0, 0) of
+    (c, s).
     """
 
     def guided(params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
@@ -78,13 +80,19 @@ def two_strengths(
 def power_cosine(u: Array | float, guidance_scale: Array | float, power: Array | float = 4.0) -> Array:
     """1 at pure noise (u = 1) rising to `guidance_scale` at u = 0, the later the larger `power` is. Gao 2023's code.
 
-        w(u) = 1 + (w0 - 1) (1 - cos(pi (1 - u)^power)) / 2                                           (2)
+        w(u) = 1 + (w0 - 1) gamma(u)                                                                  (2)
 
-    MDTv2 takes u = t / 1000 of the index t, w0 = 3.8 and power 4. In `cfg`, with a function that gives u of sigma:
+    gamma that of `rising`. MDTv2 takes u = t / 1000 of the index t, w0 = 3.8 and power 4. In `cfg`, with a function
+    that gives u of sigma:
 
         cfg(denoise, lambda sigma: power_cosine(u_of(sigma), 3.8), uncond)
     """
-    return 1 + (guidance_scale - 1) * (1 - jnp.cos(math.pi * (1 - u) ** power)) / 2
+    return 1 + (guidance_scale - 1) * rising(u, power)
+
+
+def rising(u: Array | float, power: Array | float) -> Array:
+    """gamma(u) = (1 - cos(pi (1 - u)^power)) / 2: 0 at pure noise (u = 1), 1 at u = 0, the later the larger `power`."""
+    return (1 - jnp.cos(math.pi * (1 - u) ** power)) / 2
 
 
 def rescaled(guidance_scale: float, resolution_scale: float) -> float:
@@ -151,10 +159,12 @@ _NEGATIVE = "negative_"
 
 
 def null_control(cond: Cond | None) -> Cond:
-    """`cond` without sizes, crops and flips: every sample's are replaced by the network's own null, see `nn.control`."""
+    """`cond` without sizes, crops and flips: all are replaced by the network's own null, see `nn.control`."""
     some = next((value for value in (cond or {}).values() if value.ndim), None)
     if some is None:
-        raise ValueError("guidance of control metadata needs conditions, found none: give cond['height'] and the others")
+        raise ValueError(
+            "guidance of control metadata needs conditions, found none: give cond['height'] and the others"
+        )
     return {**cond, "drop_control": jnp.ones(some.shape[0], bool)}
 
 

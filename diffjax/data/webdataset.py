@@ -8,12 +8,16 @@ A sample is the files of one tar whose names are equal up to the first dot behin
     000000012.cls    class, a whole number
 
 Samples are numbered in the order of the tars' names, then of their pictures. Other files are not looked at, nothing is
-unpacked, and nothing in a file is executed. The index is made by reading each tar's headers once, about 30 s a million
-files.
+unpacked, and nothing in a file is executed. The index is made by reading each tar's headers, about 30 s a million
+files, and kept beside the tar as .NAME.tar.index.npz where its folder can be written to; a tar that has changed since
+is read again.
 """
 
+import contextlib
 import json
+import os
 import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from diffjax.data import pictures
 
 _PICTURES = tuple(suffix.removeprefix(".") for suffix in pictures.SUFFIXES)
 _PARTS = ("picture", "json", "txt", "cls")
+_VERSION = 1  # of the index that is kept
 
 
 class TarFiles:
@@ -40,7 +45,7 @@ class TarFiles:
         self._tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
         if not self._tars:
             raise FileNotFoundError(f"no *.tar in {root}: give the folder of the tars, not compressed")
-        tables = [_index(path) for path in self._tars]
+        tables = [_kept_index(path) for path in self._tars]
         self._tar = np.repeat(np.arange(len(tables), dtype=np.int32), [len(names) for names, _ in tables])
         self._names = np.concatenate([names for names, _ in tables])
         self._places = np.concatenate([places for _, places in tables])  # (N, parts, 2): offset and size, -1 = absent
@@ -111,6 +116,25 @@ def _size(facts: dict[str, Any], name: str) -> dict[str, int]:
         expected = "height and width in pixels, or none"
         raise ValueError(f"the .json beside {name} tells {found} of the original, expected {expected}")
     return found
+
+
+def _kept_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`_index`, read from the file beside the tar if that is of this tar as it is now, else made and written there."""
+    facts, file = path.stat(), path.with_name(f".{path.name}.index.npz")
+    made_of = np.array([_VERSION, facts.st_size, facts.st_mtime_ns])
+    with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile), np.load(file) as kept:
+        if np.array_equal(kept["made_of"], made_of):
+            return kept["names"], kept["places"]
+    names, places = _index(path)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # a folder that cannot be written to
+        try:
+            with temporary.open("wb") as out:
+                np.savez(out, made_of=made_of, names=names, places=places)
+            os.replace(temporary, file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return names, places
 
 
 def _index(path: Path) -> tuple[np.ndarray, np.ndarray]:

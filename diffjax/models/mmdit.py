@@ -57,9 +57,9 @@ class MMDiT(nnx.Module):
     """x (B, H, W, channels), noise_label (B,) -> (B, H, W, out_channels or channels), H and W multiples of the patch up
     to max_grid patches.
 
-    cond: text (B, S, text_width) and pooled (B, pooled_width); text_mask bool (B, S) only with `mask_text`, since SD3
-    attends to padding. num_classes: label int (B,) in their place, absent = the null class num_classes; its vector is
-    the only text token, and what is pooled. qk_norm: RMS-normalised queries and keys, in each stream by its own scale.
+    cond: text (B, S, text_width), all of it attended to as in SD3, and pooled (B, pooled_width). num_classes: label int
+    (B,) in their place, absent = the null class num_classes; its vector is the only text token, and what is pooled.
+    qk_norm: RMS-normalised queries and keys, in each stream by its own scale.
 
     metadata: the arguments of `nn.control.Control`, whose vector joins c.
 
@@ -83,7 +83,6 @@ class MMDiT(nnx.Module):
         pooled_width: int = 768,
         num_classes: int = 0,
         qk_norm: bool = True,
-        mask_text: bool = False,
         max_grid: int = 192,
         base_size: float = 16,
         stored_positions: bool = False,
@@ -101,7 +100,7 @@ class MMDiT(nnx.Module):
                 f"found max_grid={max_grid} and depth={depth} for images of {side} patches a side, expected as large a "
                 "grid or a larger one, and 2 blocks or more"
             )
-        self.channels, self.patch, self.width, self.remat, self.mask_text = channels, patch, width, remat, mask_text
+        self.channels, self.patch, self.width, self.remat = channels, patch, width, remat
         self.max_grid, self.step, self.origin = max_grid, base_size / side, (max_grid - side) / 2
         self.positions = nnx.Param(self._grid(max_grid, max_grid)) if stored_positions else None
         self.conditions = Conditions(width, num_classes, text_width, pooled_width, metadata, dtype, rngs=rngs)
@@ -114,15 +113,12 @@ class MMDiT(nnx.Module):
     def __call__(self, x: Array, noise_label: Array, cond: Cond | None = None, key: Key | None = None) -> Array:
         del key  # no dropout
         rows, columns = self._check(x)
-        c_BD, text, mask_BS = self.conditions(x, noise_label, cond or {})
+        c_BD, text = self.conditions(x, noise_label, cond or {})
         image = add_positions(self.embed(x), self._positions(rows, columns))
-        mask = None
-        if self.mask_text and mask_BS is not None:
-            mask = jnp.concatenate([jnp.ones((x.shape[0], rows * columns), bool), mask_BS], axis=1)[:, None, None, :]
         (image, text), _ = stack.scan(
-            self.blocks, lambda block, streams, _: (block(*streams, c_BD, mask), None), (image, text), policy=self.remat
+            self.blocks, lambda block, streams, _: (block(*streams, c_BD), None), (image, text), policy=self.remat
         )
-        last = stack.remat(lambda image, text: self.last(image, text, c_BD, mask)[0], self.remat)
+        last = stack.remat(lambda image, text: self.last(image, text, c_BD)[0], self.remat)
         return unpatchify(self.head(last(image, text), c_BD), rows, self.patch)
 
     def _check(self, x: Array) -> tuple[int, int]:
@@ -156,11 +152,11 @@ class MMDiT(nnx.Module):
 
 
 class Conditions(nnx.Module):
-    """Noise label (B,) and conditions -> SiLU(c) (B, D), text (B, S, D), and where it is real (B, S) or None."""
+    """Noise label (B,) and conditions -> SiLU(c) (B, D), text (B, S, D)."""
 
     def __init__(
-        self, width: int, num_classes: int, text_width: int, pooled_width: int, metadata: Mapping[str, Any] | None = None,
-        dtype: Any = None, *, rngs: nnx.Rngs,
+        self, width: int, num_classes: int, text_width: int, pooled_width: int,
+        metadata: Mapping[str, Any] | None = None, dtype: Any = None, *, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.num_classes, self.text_width, self.pooled_width = num_classes, text_width, pooled_width
         self.noise = embeddings.NoiseEmbedding(width, rngs=rngs)
@@ -170,15 +166,15 @@ class Conditions(nnx.Module):
         pooled = width if num_classes else pooled_width
         self.pooled = Mlp(pooled, width, width, jax.nn.silu, init=Init("normal", 0.02), rngs=rngs)
 
-    def __call__(self, x: Array, noise_label_B: Array, cond: Cond) -> tuple[Array, Array, Array | None]:
+    def __call__(self, x: Array, noise_label_B: Array, cond: Cond) -> tuple[Array, Array]:
         c_BD = self.noise(noise_label_B)
         if self.metadata is not None:
             c_BD = c_BD + self.metadata(cond, x.shape[0])
         if self.label is not None:
             label_BD = self._class(x, cond)
-            return jax.nn.silu(c_BD + self.pooled(label_BD)), label_BD[:, None, :].astype(x.dtype), None
-        text, pooled, mask_BS = self._text(x, cond)
-        return jax.nn.silu(c_BD + self.pooled(pooled.astype(c_BD.dtype))), self.text(text.astype(x.dtype)), mask_BS
+            return jax.nn.silu(c_BD + self.pooled(label_BD)), label_BD[:, None, :].astype(x.dtype)
+        text, pooled = self._text(x, cond)
+        return jax.nn.silu(c_BD + self.pooled(pooled.astype(c_BD.dtype))), self.text(text.astype(x.dtype))
 
     def _class(self, x: Array, cond: Cond) -> Array:
         if given := [name for name in ("text", "pooled") if cond.get(name) is not None]:
@@ -189,10 +185,10 @@ class Conditions(nnx.Module):
             raise ValueError(f"found labels of shape {label.shape}, expected {x.shape[:1]}: one class for each image")
         return self.label(label)
 
-    def _text(self, x: Array, cond: Cond) -> tuple[Array, Array, Array | None]:
+    def _text(self, x: Array, cond: Cond) -> tuple[Array, Array]:
         if cond.get("label") is not None:
             raise ValueError("cond['label'] is given to a network without classes: set num_classes, or leave it out")
-        text, pooled, mask_BS = (cond.get(name) for name in ("text", "pooled", "text_mask"))
+        text, pooled = (cond.get(name) for name in ("text", "pooled"))
         shapes = [None if given is None else given.shape for given in (text, pooled)]
         batch, tokens = x.shape[0], "tokens" if text is None or text.ndim != 3 else text.shape[1]
         expected = [(batch, tokens, self.text_width), (batch, self.pooled_width)]
@@ -201,13 +197,11 @@ class Conditions(nnx.Module):
                 f"found cond['text'] and cond['pooled'] of shapes {shapes}, expected {expected}: give what the text "
                 "encoders make of the prompts, or of empty ones"
             )
-        if mask_BS is not None and (mask_BS.shape != text.shape[:2] or mask_BS.dtype != bool):
-            raise ValueError(f"found text_mask {mask_BS.dtype} {mask_BS.shape}, expected bool {text.shape[:2]}")
-        return text, pooled, mask_BS
+        return text, pooled
 
 
 class JointBlock(nnx.Module):
-    """Image (B, L, D), text (B, S, D), c (B, D), mask (B, 1, 1, L + S) -> image, text; text is None after the last."""
+    """Image (B, L, D), text (B, S, D), c (B, D) -> image, text; text is None after the last."""
 
     def __init__(
         self, width: int, heads: int, qk_norm: bool, last: bool = False, dtype: Any = None, *, rngs: nnx.Rngs
@@ -215,11 +209,11 @@ class JointBlock(nnx.Module):
         self.image = Stream(width, heads, qk_norm, dtype=dtype, rngs=rngs)
         self.text = Stream(width, heads, qk_norm, last, dtype=dtype, rngs=rngs)
 
-    def __call__(self, image: Array, text: Array, c_BD: Array, mask: Array | None) -> tuple[Array, Array | None]:
+    def __call__(self, image: Array, text: Array, c_BD: Array) -> tuple[Array, Array | None]:
         image_qkv, image_rest = self.image.project(image, c_BD)
         text_qkv, text_rest = self.text.project(text, c_BD)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(image_qkv, text_qkv, strict=True))
-        attended = merge_heads(attend(q, k, v, mask=mask))
+        attended = merge_heads(attend(q, k, v))
         length = image.shape[1]
         image = self.image.update(image, attended[:, :length], image_rest)
         return image, self.text.update(text, attended[:, length:], text_rest) if text_rest else None

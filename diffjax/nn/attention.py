@@ -8,20 +8,22 @@ import jax.numpy as jnp
 from diffjax.core.types import Array
 from diffjax.nn import stack
 
-# numbers of the matrix of scores that are held at once: 256 MiB of float32; on CPUs 8 MiB, where new pages cost
+# numbers of the matrix of scores that a device holds at once: 256 MiB of float32; on CPUs 8 MiB, where new pages cost
 # more than the arithmetic: 1024 tokens and 8 heads of 40 take half the time
 MAX_SCORES, MAX_SCORES_CPU = 2**26, 2**21
 
 
 def attend(
-    q_BLNC: Array, k_BSNC: Array, v_BSNC: Array, bias: Array | None = None, mask: Array | None = None, causal: bool = False
-) -> Array:
+    q_BLNC: Array, k_BSNC: Array, v_BSNC: Array, bias: Array | None = None, mask: Array | None = None,
+    causal: bool = False,
+) -> Array:  # fmt: skip
     """softmax(q k^T / sqrt(C) + bias) v for each of N heads: (B, L, N, C) back. Vaswani 2017, eq. 1.
 
     bias float, mask bool (False = not attended to), both broadcast to (B, N, L, S); causal: query i sees keys 0..i.
     On GPUs cuDNN's fused kernel runs where it takes the type and size (half precision, head sizes that are multiples of
     8 up to 128, neither bias nor mask). Elsewhere scores are held for a block of queries at a time, see MAX_SCORES,
-    and computed again for a gradient where there are several blocks.
+    and computed again for a gradient where there are several blocks. Of a mesh that is set (`jax.set_mesh`) each device
+    is taken to hold an equal part.
     """
     if _fused(q_BLNC) and bias is None and mask is None:
         return jax.nn.dot_product_attention(q_BLNC, k_BSNC, v_BSNC, is_causal=causal, implementation="cudnn")
@@ -33,6 +35,7 @@ def attend(
     if blocks == 1:
         return _attend(q_BLNC, k_BSNC, v_BSNC, bias, mask)
     length = q_BLNC.shape[1]
+    size = math.ceil(length / blocks)
 
     def rows(tree: Array | None) -> Array | None:
         """A bias or mask with an axis of queries that can be cut."""
@@ -41,11 +44,12 @@ def attend(
     def cut(x: Array | None, axis: int) -> Array | None:
         if x is None:
             return None
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, length // blocks, *x.shape[axis + 1 :]), axis, 0)
+        x = jnp.pad(x, [(0, blocks * size - length if i == axis else 0) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
 
     block = jax.checkpoint(lambda part: _attend(part[0], k_BSNC, v_BSNC, part[1], part[2]))
-    out = jax.lax.map(block, (cut(q_BLNC, 1), cut(rows(bias), 2), cut(rows(mask), 2)))
-    return jnp.moveaxis(out, 0, 1).reshape(q_BLNC.shape)
+    out = jnp.moveaxis(jax.lax.map(block, (cut(q_BLNC, 1), cut(rows(bias), 2), cut(rows(mask), 2))), 0, 1)
+    return out.reshape(q_BLNC.shape[0], blocks * size, *q_BLNC.shape[2:])[:, :length]
 
 
 def _attend(q_BLNC: Array, k_BSNC: Array, v_BSNC: Array, bias: Array | None, mask: Array | None) -> Array:
@@ -72,8 +76,11 @@ def _fused(q_BLNC: Array) -> bool:
 
 
 def _num_blocks(shape: tuple[int, ...], keys: int) -> int:
-    """The smallest divisor of the number of queries with which a block's scores pass under the limit."""
+    """Into how many the queries are cut, so that a block's scores pass under the limit: equal blocks, unless that takes
+    more than twice as many as a shorter last one would (257 tokens have no divisors)."""
     batch, length, heads, _ = shape
     limit = MAX_SCORES_CPU if jax.default_backend() == "cpu" else MAX_SCORES
-    least = math.ceil(batch * heads * length * keys / limit)
-    return next(n for n in range(min(max(least, 1), length), length + 1) if length % n == 0)
+    devices = max(jax.sharding.get_abstract_mesh().size, 1)
+    least = min(max(math.ceil(batch * heads * length * keys / (limit * devices)), 1), length)
+    equal = next(n for n in range(least, length + 1) if length % n == 0)
+    return equal if equal <= 2 * least else math.ceil(length / math.ceil(length / least))

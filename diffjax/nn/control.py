@@ -4,8 +4,8 @@ Control metadata (Berrada et al. 2024, section 3.1) joins the noise embedding, a
 
     c = E_high(phi_high) + gamma(u) E_low(phi_low)                                                           (1)
 
-phi_high moves what is seen (corner of the crop, flip, aspect), phi_low changes its detail (size of the original). gamma is
-0 at pure noise (u = 1) and 1 at the data (u = 0), so that a size cannot choose the composition:
+phi_high moves what is seen (corner of the crop, flip, aspect), phi_low changes its detail (size of the original). gamma
+is 0 at pure noise (u = 1) and 1 at the data (u = 0), so that a size cannot choose the composition:
 
     "power_cosine"  (1 - cos(pi (1 - u)^alpha)) / 2       "cosine_power"  ((1 + cos(pi u)) / 2)^alpha        (2)
     "constant"      1, as Podell 2023
@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from diffjax.core import names
+from diffjax.core import guidance, names
 from diffjax.core.types import Array, Cond, Key
 from diffjax.nn import embeddings
 from diffjax.nn.layers import Init
@@ -35,18 +35,13 @@ FEATURES = 256  # cosines and sines of a number
 METADATA = ("height", "width", "top", "left", "flip", "aspect")  # pixels; aspect = width / height
 
 
-def power_cosine(u: Array, alpha: Array | float) -> Array:
-    """(2): 1 at u = 0, 0 at u = 1, the later in sampling the larger alpha. Gao 2023's guidance, its weight alone."""
-    return (1 - jnp.cos(jnp.pi * (1 - u) ** alpha)) / 2
-
-
 def cosine_power(u: Array, alpha: Array | float) -> Array:
-    """(2), the same as `power_cosine` at alpha = 1."""
+    """(2), the same as `guidance.rising` at alpha = 1."""
     return ((1 + jnp.cos(jnp.pi * u)) / 2) ** alpha
 
 
 WEIGHTS: Mapping[str, Callable[[Array, float], Array]] = {
-    "power_cosine": power_cosine, "cosine_power": cosine_power, "constant": lambda u, alpha: jnp.ones_like(u),
+    "power_cosine": guidance.rising, "cosine_power": cosine_power, "constant": lambda u, alpha: jnp.ones_like(u),
 }  # fmt: skip
 
 
@@ -58,12 +53,14 @@ class Control(nnx.Module):
     """
 
     def __init__(
-        self, width: int, high: Sequence[str] = (), low: Sequence[str] = (), weight: str = "power_cosine", alpha: float = 4.0,
-        zero_init: bool = True, *, rngs: nnx.Rngs,
+        self, width: int, high: Sequence[str] = (), low: Sequence[str] = (), weight: str = "power_cosine",
+        alpha: float = 4.0, zero_init: bool = True, *, rngs: nnx.Rngs,
     ):  # fmt: skip
         unknown = [name for name in (*high, *low) if name not in METADATA]
         if unknown or len({*high, *low}) < len(high) + len(low) or not (high or low):
-            raise ValueError(f"found metadata high={tuple(high)}, low={tuple(low)}; expected some of {METADATA}, each once")
+            raise ValueError(
+                f"found metadata high={tuple(high)}, low={tuple(low)}; expected some of {METADATA}, each once"
+            )
         self.names_high, self.names_low, self.alpha = tuple(high), tuple(low), alpha
         self.weight = names.lookup(WEIGHTS, weight, "model.metadata.weight")
         self.high, self.low = (_embedding(len(group), width, zero_init, rngs) for group in (high, low))

@@ -198,6 +198,24 @@ def test_classes_of_real_pictures(place, cifar10_dir, tmp_path):
     assert set(batch) == {"image", "label", "aspect", *latents.METADATA}
 
 
+def test_texts_of_classes_say_what_is_mirrored(place, cifar10_dir, tmp_path):
+    data = {"name": "tfds", "dataset": "cifar10", "split": "test[:3]", "data_dir": cifar10_dir, "captions": "cifar10"}
+    chosen = config(place)
+    chosen.data = ConfigDict(data | {"companions": str(place / "sd"), "image_size": 8, "channels": 4, "num_classes": 0})
+    list(latents.write(tmp_path / "cache", *cached.job(chosen, cached.Crops(flips=True))))
+    source = sources.load("latents", sources.DataShape(8, 4), path=str(tmp_path / "cache"))
+    beside = companions.load_companions(str(place / "sd"))
+    for index in range(3):
+        plain, mirrored = (source.caption(2 * index + flip) for flip in (0, 1))
+        assert plain.startswith("a photo of ") and mirrored == plain + ", mirrored"
+        for flip, text in enumerate((plain, mirrored)):
+            item, found = source[2 * index + flip], beside.condition([text])
+            assert item["flip"] == flip and item["text_length"] == found["text_length"][0]
+            tokens = found["text"][0, : item["text_length"]]
+            # float16, and convolutions are rounded in float32
+            np.testing.assert_allclose(item["text"][: len(tokens)], tokens, rtol=2**-11, atol=1e-4)
+
+
 def test_a_picture_that_is_damaged_later_is_named(place, tmp_path, capsys):
     """Behind those that are read at the start; it ends the command with a message, and the shard is not there."""
     source = cached.job(config(place), cached.Crops())

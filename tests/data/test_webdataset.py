@@ -63,6 +63,33 @@ def test_samples_are_found_at_any_place(folder):
     assert len(one) == 3 and one[0].keys() == {"image"}
 
 
+def test_the_index_is_kept_beside_the_tar(folder, monkeypatch):
+    """Read in the place of the tar's headers; made again for a tar that changed, and for a damaged index."""
+    read, whole = [], webdataset._members
+    monkeypatch.setattr(webdataset, "_members", lambda path: (read.append(path.name), whole(path))[1])
+
+    def images():
+        read.clear()
+        source = load("webdataset", SHAPE, path=str(folder))
+        return [source[i]["image"] for i in range(len(source))], list(read)
+
+    first, both = images()
+    assert both == ["00000.tar", "00001.tar"] and {path.name for path in folder.glob(".*")} == {
+        ".00000.tar.index.npz", ".00001.tar.index.npz"
+    }  # fmt: skip
+    again, none = images()
+    assert none == [] and all(np.array_equal(*pair) for pair in zip(again, first, strict=True))
+    write_tar(folder / "00000.tar", {**sample(7), **sample(8)})
+    changed, one = images()
+    assert one == ["00000.tar"] and np.array_equal(changed[0], pixels(7)) and len(changed) == 5
+    (folder / ".00001.tar.index.npz").write_bytes(b"PK damaged")
+    assert images()[1] == ["00001.tar"]
+    monkeypatch.setattr(webdataset.np, "savez", lambda *args, **arrays: (_ for _ in ()).throw(PermissionError))
+    (folder / ".00001.tar.index.npz").unlink()
+    assert images()[1] == ["00001.tar"] and images()[1] == ["00001.tar"]  # a folder that cannot be written to
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
 def test_captions_of_text_files_go_before_those_of_json(folder):
     source = load("webdataset", SHAPE, path=str(folder), captions=True)
     expected = ["picture 0", "another text", "picture 2", "picture 3", "picture 4"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffjax.core import trees
-from diffjax.models.mmdit import SIZES, MMDiT
+from diffjax.models.mmdit import SIZES, JointBlock, MMDiT
 from diffjax.nn import embeddings, stack
 from diffjax.nn.functional import abstract, functionalize
 from diffjax.weights.keymap import to_params, to_weights
@@ -160,20 +160,44 @@ def test_a_fresh_network_is_zero():
     assert zero == {f"{part}/kernel" for part in (*parts, "head/modulation", "head/out")}
 
 
-def test_text_has_no_order_and_its_mask_counts_only_if_asked_for():
-    (network, init), (masked, _) = make(), make(mask_text=True)
+def test_text_has_no_order():
+    network, init = make()
     params, (x, label, cond) = drawn(init), inputs()
     expected = network(params, x, label, cond)
-    tolerance = 1e-5 * np.abs(expected).max()  # float32, sums in another order
     shuffled = cond | {"text": cond["text"][:, [3, 1, 4, 0, 2]]}
+    tolerance = 1e-5 * np.abs(expected).max()  # float32, sums in another order
     np.testing.assert_allclose(network(params, x, label, shuffled), expected, atol=tolerance)
-    mask = np.tile(np.arange(5) < 3, (2, 1))
-    padded = {"text": np.where(mask[..., None], cond["text"], 9), "text_mask": mask}
-    short = network(params, x, label, cond | {"text": cond["text"][:, :3]})
-    np.testing.assert_allclose(masked(params, x, label, cond | padded), short, atol=tolerance)
-    unmasked = {"text": padded["text"]}
-    np.testing.assert_array_equal(*(network(params, x, label, cond | given) for given in (padded, unmasked)))
-    np.testing.assert_array_equal(masked(params, x, label, cond), expected)
+
+
+def test_tokens_of_the_image_have_no_order_but_their_positions():
+    """With a table of zeros, patches in another order are the same patches of the output in that order."""
+    network, init = make(stored_positions=True)
+    x, label, cond = inputs()
+    order = np.random.default_rng(2).permutation(16)
+
+    def moved(x):
+        patches = x.reshape(2, 4, 2, 4, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(2, 16, 2, 2, 4)[:, order]
+        return patches.reshape(2, 4, 4, 2, 2, 4).transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+
+    params = drawn(init)
+    told = np.abs(network(params, moved(x), label, cond) - moved(np.asarray(network(params, x, label, cond)))).max()
+    params = params | {"positions": np.zeros_like(params["positions"])}
+    expected = moved(np.asarray(network(params, x, label, cond)))
+    tolerance = 1e-5 * np.abs(expected).max()  # float32, sums in another order
+    np.testing.assert_allclose(network(params, moved(x), label, cond), expected, atol=tolerance)
+    assert told > 100 * tolerance
+
+
+def test_either_stream_may_come_first():
+    """What is put side by side for attention has no order: with the streams' weights swapped, so are their results."""
+    block, init = functionalize(lambda rngs: JointBlock(16, 2, True, rngs=rngs))
+    params, random = drawn(init), np.random.default_rng(3)
+    image, text, c = (np.float32(random.standard_normal(shape)) for shape in ((2, 6, 16), (2, 5, 16), (2, 16)))
+    expected = block(params, image, text, c)
+    found = block({"image": params["text"], "text": params["image"]}, text, image, c)
+    for have, want in zip(found, reversed(expected), strict=True):
+        # float32, sums in another order
+        np.testing.assert_allclose(have, want, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("stored", [True, False])
@@ -245,7 +269,6 @@ def test_wrong_input_is_refused():
         "shapes .None, None., expected ..2, 'tokens', 20., .2, 12..: give what": dict(cond=None),
         "shapes ..2, 5, 20., None., expected ..2, 5, 20., .2, 12..": dict(cond={"text": cond["text"]}),
         "shapes ..2, 5, 19., .2, 12..,": dict(cond=cond | {"text": cond["text"][..., 1:]}),
-        "found text_mask float32 .2, 5., expected bool .2, 5.": dict(cond=cond | {"text_mask": cond["text"][..., 0]}),
         "cond..label.. is given to a network without classes": dict(cond=cond | {"label": np.zeros(2, int)}),
         "found max_grid=3 and depth=3 for images of 4 patches": dict(max_grid=3),
         "found max_grid=10 and depth=1": dict(depth=1),

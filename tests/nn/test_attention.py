@@ -39,6 +39,28 @@ def test_equals_that_of_jax(monkeypatch, scores, biased):
     assert_close(found, expected)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_prime_number_of_queries_is_cut_too(monkeypatch, biased):
+    """13 queries in blocks of five, five and three, not in 13."""
+    monkeypatch.setattr(attention, "MAX_SCORES_CPU", 2 * HEADS * KEYS * 5)
+    q, k, v, bias, mask = inputs()
+    q, bias = (jnp.concatenate([x, x[:, :1] if axis == 1 else x[:, :, :1]], axis) for x, axis in ((q, 1), (bias, 2)))
+    bias, mask = (bias, mask) if biased else (None, None)
+    run = lambda q, k, v: attention.attend(q, k, v, bias, mask)  # noqa: E731
+    expected = value_and_gradients(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, bias, mask), q, k, v)
+    assert_close(value_and_gradients(run, q, k, v), expected)
+    assert f"f32[2,{HEADS},5,{KEYS}]" in str(jax.make_jaxpr(run)(q, k, v))
+
+
+def test_devices_of_a_mesh_hold_their_part(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SCORES_CPU", 2 * HEADS * LENGTH * KEYS // 4)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs()[:3]]
+    trace = lambda: str(jax.make_jaxpr(lambda *args: attention.attend(*args))(*shapes))  # noqa: E731
+    assert "scan" in trace()
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((4,), ("data",))):
+        assert "scan" not in trace()
+
+
 def test_causal():
     q, k, v, *_ = inputs()
     found = value_and_gradients(lambda *args: attention.attend(*args, causal=True), q[:, :KEYS], k, v)

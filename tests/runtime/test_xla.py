@@ -1,10 +1,12 @@
-"""Compiler flags: set once, before JAX, and never against the user."""
+"""Compiler flags: set once, before JAX, and never against the user; what compiled programs move between devices."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+
+from diffjax.runtime import xla
 
 CODE = """
 import os, sys
@@ -36,3 +38,61 @@ def test_flags(before, flags, expected):
     environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", CODE.format(before=before)], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == expected, done.stderr
+
+
+def test_collectives_of_a_program():
+    """Counted by hand: eight devices, float32, a loop of five turns around two of them."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, PartitionSpec
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def body(x, _):
+        summed = jax.lax.psum(x, "data")
+        return x + jax.lax.ppermute(summed, "data", [(i, (i + 1) % 8) for i in range(8)]), None
+
+    def program(x):
+        x, _ = jax.lax.scan(body, x, None, length=5)
+        return jax.lax.psum_scatter(x, "data", tiled=True) + jax.lax.all_gather(x, "data", tiled=True).sum()
+
+    spec = PartitionSpec("data")
+    sharded = jax.shard_map(program, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    compiled = jax.jit(sharded).lower(jax.ShapeDtypeStruct((64, 16), jnp.float32)).compile()
+    own = 8 * 16 * 4  # bytes of a device's part
+    assert xla.collectives(compiled.as_text()) == {
+        "all-gather": (1, 8 * own), "all-reduce": (5, 5 * own), "collective-permute": (5, 5 * own),
+        "reduce-scatter": (1, own // 8),
+    }  # fmt: skip
+
+
+@pytest.mark.fast
+def test_collectives_as_the_tpu_compiler_writes_them():
+    """Started and waited for; loops whose turns are in their condition alone; tuples; nested calls."""
+    text = """
+%cond.1 (p: (s32[], bf16[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(17)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%body.1 (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %start = (bf16[8,128]{1,0:T(8,128)}, bf16[8,128]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x)
+  %done = bf16[8,128]{1,0:T(8,128)(2,1)} collective-permute-done(%start)
+  ROOT %f = (s32[], bf16[8,128]) fusion(%done), kind=kCustom, calls=%inner
+}
+
+%inner (p: bf16[8,128]) -> f32[4] {
+  ROOT %r = (f32[4]{0}, /*index=1*/pred[16]{0}) all-reduce(%a, %b), to_apply=%add
+}
+
+ENTRY %main (p: bf16[8,128]) -> bf16[64,128] {
+  %w = (s32[], bf16[8,128]) while(%t), condition=%cond.1, body=%body.1, metadata={op_name="scan"}
+  ROOT %g = bf16[64,128]{1,0} all-gather(%y), dimensions={0}
+}
+"""
+    assert xla.collectives(text) == {
+        "all-gather": (1, 64 * 128 * 2), "all-reduce": (17, 17 * (4 * 4 + 16)),
+        "collective-permute": (17, 17 * 8 * 128 * 2),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="a loop's condition says no number of turns"):
+        xla.collectives(text.replace("constant(17)", "parameter(0)"))
