@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax.cli import convert, evaluate, flags, inspect, sample, train
+from diffjax.cli import convert, evaluate, flags, inspect, sample, train, video
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "inspect": inspect, "convert": convert}
+COMMANDS = {
+    "train": train, "sample": sample, "evaluate": evaluate, "inspect": inspect, "convert": convert, "video": video,
+}  # fmt: skip
 SMALL = (
     "--config.model.width=16", "--config.model.depth=1", "--config.train.batch_size=64",
     "--config.train.total_images=256", "--config.train.log_every_steps=2", "--config.train.sample_every_steps=0",
@@ -71,7 +73,7 @@ def test_help_does_not_import_jax(command):
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=60)
     assert done.stdout.splitlines()[-1] == "code 0 []", done.stderr
-    own = "--kind=..." if command == "convert" else "--workdir=..."
+    own = {"convert": "--kind=...", "video": "--model=..."}.get(command, "--workdir=...")
     assert f"python -m diffjax.cli.{command} --" in done.stdout and own in done.stdout
 
 

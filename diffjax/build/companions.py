@@ -101,12 +101,19 @@ def load_companions(folder: str) -> Companions:
     is_part = not (path / folders.INDEX).is_file() and (path / load.CONFIG).is_file()
     alone = load.config(path).get("model_type") if is_part else None  # as transformers writes it, diffusers does not
     if alone:
-        make = names.lookup(_ALONE, alone, f"model_type of {path / load.CONFIG}")
-    else:
-        make = names.lookup(_TEXTS, folders.index(path).get("_class_name"), f"class of {path / folders.INDEX}")
-    text = make(path)
-    text = text and text._replace(encode=jax.jit(text.encode))
-    return Companions(folder, text, None if alone else autoencoder(path / folders.autoencoder_part(path)))
+        text = _compiled(names.lookup(_ALONE, alone, f"model_type of {path / load.CONFIG}")(path))
+        return Companions(folder, text, None)
+    return Companions(folder, text_encoder(path), autoencoder(path / folders.autoencoder_part(path)))
+
+
+def text_encoder(folder: Path) -> TextEncoder | None:
+    """That of a whole model's folder, None where it takes no texts. Raises as `load_companions`."""
+    make = names.lookup(_TEXTS, folders.index(folder).get("_class_name"), f"class of {folder / folders.INDEX}")
+    return _compiled(make(folder))
+
+
+def _compiled(text: TextEncoder | None) -> TextEncoder | None:
+    return text and text._replace(encode=jax.jit(text.encode))
 
 
 def packaged(name: str) -> Path:
@@ -277,6 +284,7 @@ _ALONE: dict[str, Callable[[Path], TextEncoder]] = {"bert": _bert}
 # class in model_index.json -> its text encoder
 _TEXTS: dict[str, Callable[[Path], TextEncoder | None]] = {
     "StableDiffusionPipeline": _stable_diffusion,
+    "AnimateDiffPipeline": _stable_diffusion,
     "StableDiffusionXLPipeline": _stable_diffusion_xl,
     "StableDiffusion3Pipeline": _stable_diffusion_3,
     "PixArtAlphaPipeline": _pixart,

@@ -174,6 +174,19 @@ def v_denoiser(network: Network, schedule: schedules.Discrete) -> Denoiser:
     return process_denoiser(network, "v", schedules.process(schedule, schedule.label))
 
 
+def edm_v_denoiser(network: Network) -> Denoiser:
+    """v-prediction told log(sigma) / 4, at any level: Stable Video Diffusion (Blattmann 2023, appendix D).
+
+    (2) with c_skip and c_in of sigma_data = 1, where F of "edm" is -v.
+    """
+
+    def coefficients(sigma: Array) -> tuple[Array, ...]:
+        root = jnp.sqrt(sigma**2 + 1)
+        return 1 / root**2, -sigma / root, 1 / root, jnp.log(sigma) / 4
+
+    return _preconditioned(network, coefficients)
+
+
 def velocity_denoiser(network: Network, label_scale: float = 1.0) -> Denoiser:
     """Velocity prediction of the straight flow; noise label label_scale u, u in [0, 1]. Lipman 2023, Esser 2024."""
     return process_denoiser(network, "velocity", schedules.process(schedules.Flow(), lambda u: label_scale * u))

@@ -16,12 +16,13 @@ from diffjax.core import names, schedules
 from diffjax.weights import load
 
 INDEX = "model_index.json"
+_SCHEDULER = "scheduler_config.json"
 
 _KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # (beta_schedule, beta_start, beta_end) -> process of our `model` section
 _PROCESSES = {
     ("linear", 0.0001, 0.02): "linear", ("scaled_linear", 0.00085, 0.012): "scaled_linear",
-    ("scaled_linear", 0.0015, 0.0195): "ldm",
+    ("scaled_linear", 0.0015, 0.0195): "ldm", ("linear", 0.00085, 0.012): "animatediff",
 }  # fmt: skip
 # Stable Diffusion 3's: section `model`, and `sample` with the levels of its times 0.001 and 0.999
 FLOW = MappingProxyType({"precondition": "velocity", "process": "flow", "label_scale": 1000.0})
@@ -102,6 +103,90 @@ def autoencoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return kind, {**options, "quant_conv": both.pop(), "shift": config.get("shift_factor") or 0.0}
 
 
+def video_denoiser(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """("svd" or "motion", options) of models.svd or models.motion_unet for a unet's config.json. Raises ValueError as
+    `denoiser`."""
+    kinds = {"UNetSpatioTemporalConditionModel": _svd, "UNetMotionModel": _motion}
+    return names.lookup(kinds, config.get("_class_name"), "class of config.json, of a network of video")(config)
+
+
+def video_autoencoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(class, options) of models.vae_video or models.vae for a vae's config.json. Raises ValueError as `denoiser`."""
+    if config.get("_class_name") != "AutoencoderKLTemporalDecoder":
+        return autoencoder(config)
+    _expect(config, layers_per_block=(2,))  # as many blocks are in its middle
+    width, mult = _widths(config["block_out_channels"])
+    return "AutoencoderKLTemporalDecoder", {
+        "channels": config["in_channels"], "latent_channels": config["latent_channels"], "width": width,
+        "channel_mult": mult, "num_blocks": config["layers_per_block"], "scale": config.get("scaling_factor", 0.18215),
+    }  # fmt: skip
+
+
+def karras_levels(folder: Path) -> tuple[float, float]:
+    """(sigma_min, sigma_max) of the scheduler of Stable Video Diffusion. Raises ValueError for another scheduler."""
+    absent = dict(prediction_type="epsilon", use_karras_sigmas=False, timestep_type="discrete")  # as diffusers takes it
+    config = absent | load.read_json(folder / _SCHEDULER)
+    _expect(
+        config, _class_name=("EulerDiscreteScheduler",), prediction_type=("v_prediction",), use_karras_sigmas=(True,),
+        timestep_type=("continuous",), final_sigmas_type=("zero",),
+    )  # fmt: skip
+    if not 0 < (config.get("sigma_min") or 0) < (config.get("sigma_max") or 0):
+        raise ValueError(f"{folder / _SCHEDULER} has no sigma_min and sigma_max, for example 0.002 and 700.0")
+    return config["sigma_min"], config["sigma_max"]
+
+
+def ddim_options(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(process, options of `core.respaced.ddim`) of AnimateDiff's scheduler. Raises ValueError for another one."""
+    config = {"clip_sample": True, **load.read_json(folder / _SCHEDULER)}  # as diffusers takes it
+    _expect(
+        config, _class_name=("DDIMScheduler",), prediction_type=("epsilon",), clip_sample=(False,),
+        thresholding=(False,), num_train_timesteps=(1000,), trained_betas=(None,), rescale_betas_zero_snr=(False,),
+    )  # fmt: skip
+    spacing = config.get("timestep_spacing", "leading")
+    offset = config.get("steps_offset", 0) if spacing == "leading" else 0
+    return _process(config), {"spacing": spacing, "offset": offset, "to_zero": config.get("set_alpha_to_one", True)}
+
+
+def _svd(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    _expect(
+        config, transformer_layers_per_block=(1, [1] * len(config["block_out_channels"])),
+        addition_time_embed_dim=(256,), in_channels=(2 * config["out_channels"],),
+    )  # fmt: skip
+    width, mult = _widths(config["block_out_channels"])
+    heads = config.get("num_attention_heads", (5, 10, 20, 20))
+    return "svd", {
+        "num_frames": config.get("num_frames", 25), "channels": config["out_channels"],
+        "out_channels": config["out_channels"], "width": width, "channel_mult": mult,
+        "num_blocks": config["layers_per_block"],
+        "transformer_depth": tuple(map(int, _attends(config, "CrossAttn", "SpatioTemporal"))),
+        "heads": (heads,) * len(mult) if isinstance(heads, int) else tuple(heads),
+        "context_width": config["cross_attention_dim"],
+        "controls": config["projection_class_embeddings_input_dim"] // 256,
+    }  # fmt: skip
+
+
+def _motion(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    _expect(
+        config, act_fn=("silu",), norm_num_groups=(32,), norm_eps=(1e-5,), downsample_padding=(1,),
+        mid_block_layers=(1,), mid_block_scale_factor=(1,), transformer_layers_per_block=(1,), transformer_layers_per_mid_block=(None, 1),
+        temporal_transformer_layers_per_block=(1,), temporal_transformer_layers_per_mid_block=(None, 1),
+        addition_embed_type=(None,), encoder_hid_dim_type=(None,), time_cond_proj_dim=(None,),
+        out_channels=(config["in_channels"],), use_linear_projection=(False,),
+    )  # fmt: skip
+    width, mult = _widths(config["block_out_channels"])
+    heads = {name: config.get(name, 8) for name in ("num_attention_heads", "motion_num_attention_heads")}
+    if not all(isinstance(number, int) for number in heads.values()):
+        raise ValueError(f"found {heads}, expected one number for all levels each")
+    return "motion", {
+        "image_size": config.get("sample_size") or 64, "channels": config["in_channels"],
+        "out_channels": config["in_channels"], "width": width, "channel_mult": mult,
+        "num_blocks": config["layers_per_block"], "context_width": config["cross_attention_dim"],
+        "transformer_depth": tuple(map(int, _attends(config, "CrossAttn", "Motion"))),
+        "heads": heads["num_attention_heads"], "motion_heads": heads["motion_num_attention_heads"],
+        "max_frames": config.get("motion_max_seq_length", 32), "mid_motion": config.get("use_motion_mid_block", True),
+    }  # fmt: skip
+
+
 def _unet(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[str, int]]:
     _expect(
         config, act_fn=("silu",), norm_num_groups=(32,), norm_eps=(1e-5,), flip_sin_to_cos=(True,), freq_shift=(0,),
@@ -156,11 +241,11 @@ def _plain_unet(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], dict[st
     return "unet", options, _shape(config)
 
 
-def _attends(config: Mapping[str, Any], kind: str) -> list[bool]:
-    """Which levels have attention, from the image down; kind: the beginning of the names of their blocks."""
-    blocks = {"DownBlock2D": False, f"{kind}DownBlock2D": True}
+def _attends(config: Mapping[str, Any], kind: str, end: str = "2D") -> list[bool]:
+    """Which levels have attention, from the image down; kind, end: how the names of their blocks begin and end."""
+    blocks = {f"DownBlock{end}": False, f"{kind}DownBlock{end}": True}
     attends = [names.lookup(blocks, name, "down_block_types") for name in config["down_block_types"]]
-    up = [f"{kind}UpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)]
+    up = [f"{kind}UpBlock{end}" if attend else f"UpBlock{end}" for attend in reversed(attends)]
     if list(config.get("up_block_types", up)) != up:
         raise ValueError(f"found up_block_types={list(config['up_block_types'])}, expected those of the way down: {up}")
     return attends
@@ -219,7 +304,7 @@ def _transformer(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _scheduler(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(options of `model`, section `sample`): what the network predicts, of which process, and 20 steps for it."""
-    path = folder / "scheduler_config.json"
+    path = folder / _SCHEDULER
     if not path.is_file():
         raise FileNotFoundError(f"{path} is absent: it says which noise the network was trained with; get it again")
     config = load.read_json(path)
@@ -227,11 +312,16 @@ def _scheduler(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         _expect(config, shift=(3.0,), use_dynamic_shifting=(False,), num_train_timesteps=(1000,))
         return dict(FLOW), dict(FLOW_SAMPLE)
     _expect(config, num_train_timesteps=(1000,), trained_betas=(None,), rescale_betas_zero_snr=(False,))
+    kind, process = names.lookup(_KINDS, config.get("prediction_type", "epsilon"), "prediction_type"), _process(config)
+    return {"precondition": kind, "process": process}, sample_section(process)
+
+
+def _process(config: Mapping[str, Any]) -> str:
+    """The process of a scheduler's betas. Raises ValueError for others than those of `_PROCESSES`."""
     betas = tuple(config.get(key, default) for key, default in (("beta_schedule", "linear"), ("beta_start", 1e-4), ("beta_end", 0.02)))
     if betas not in _PROCESSES:
         raise ValueError(f"found the noise schedule {betas}, expected one of {sorted(_PROCESSES)}")
-    kind = names.lookup(_KINDS, config.get("prediction_type", "epsilon"), "prediction_type")
-    return {"precondition": kind, "process": _PROCESSES[betas]}, sample_section(_PROCESSES[betas])
+    return _PROCESSES[betas]
 
 
 def sample_section(process: str) -> dict[str, Any]:

@@ -209,3 +209,51 @@ def ldm(transformers, folder):
     )
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+@quiet
+def stable_video_diffusion(transformers, folder, num_frames=4):
+    """A pipeline of image to video, saved in `folder`."""
+    package = diffusers()
+    unet = package.UNetSpatioTemporalConditionModel(
+        block_out_channels=(64,), layers_per_block=1, sample_size=8, num_frames=num_frames, cross_attention_dim=24,
+        num_attention_heads=(2,), down_block_types=("CrossAttnDownBlockSpatioTemporal",),
+        up_block_types=("CrossAttnUpBlockSpatioTemporal",),
+    )  # fmt: skip
+    config = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=56,
+        projection_dim=24,
+    )  # fmt: skip
+    scheduler = package.EulerDiscreteScheduler(
+        sigma_min=0.002, sigma_max=700.0, timestep_spacing="leading", timestep_type="continuous", steps_offset=1,
+        prediction_type="v_prediction", use_karras_sigmas=True, beta_schedule="scaled_linear", beta_start=0.00085,
+        beta_end=0.012,
+    )  # fmt: skip
+    vae = package.AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64), layers_per_block=2, sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2
+    )
+    pipeline = package.StableVideoDiffusionPipeline(
+        vae=drawn(vae, 1),
+        image_encoder=drawn(transformers.CLIPVisionModelWithProjection(config), 2), unet=drawn(unet, 3), scheduler=scheduler,
+        feature_extractor=transformers.CLIPImageProcessor(),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+@quiet
+def animatediff(transformers, folder, **scheduler):
+    """A pipeline of text to video, saved in `folder`, with its motion modules once more in motion_adapter."""
+    package = diffusers()
+    adapter = package.MotionAdapter(
+        block_out_channels=(32, 64), motion_layers_per_block=1, motion_num_attention_heads=4, motion_max_seq_length=24
+    )
+    options = dict(beta_schedule="linear", beta_start=0.00085, beta_end=0.012, steps_offset=1, clip_sample=False)
+    options |= dict(timestep_spacing="linspace", set_alpha_to_one=False)
+    pipeline = package.AnimateDiffPipeline(
+        vae=vae(package), text_encoder=clip(transformers), tokenizer=clip_tokeniser(transformers, folder / "made"),
+        unet=unet(package), motion_adapter=drawn(adapter, 4), scheduler=package.DDIMScheduler(**{**options, **scheduler}),
+    )  # fmt: skip
+    pipeline.unet.eval()
+    pipeline.save_pretrained(folder)
+    return pipeline
