@@ -10,6 +10,8 @@
 #                                            time of DiT-XL/2; a quarter of an hour, writes runs/bench_latent
 #   bash launch/bench.sh data                images/s of reading cached latents beside those of training a tiny DiT; two
 #                                            minutes, writes runs/bench_data
+#   bash launch/bench.sh video               slices and step rehash of an SVD-like U-Net beside the same without; ten
+#                                            minutes, writes runs/bench_video
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare test
@@ -20,6 +22,10 @@ fi
 if [ "${1:-}" = data ]; then
   shift
   exec python launch/bench_data.py "$@"
+fi
+if [ "${1:-}" = video ]; then
+  shift
+  exec python launch/bench_video.py "$@"
 fi
 python -c "import torch" 2>/dev/null || fail "PyTorch is the yardstick and is not installed: type python -m pip install torch"
 if [ "${1:-}" = latent ]; then

@@ -182,6 +182,14 @@ def test_inspect_shows_what_a_config_costs(capsys):
     assert "work" in text
 
 
+def test_inspect_cuts_a_video_model_to_a_budget(capsys):
+    assert call("inspect", "--video=animatediff", "--size=256x256", "--frames=2", "--budget=2680MB") == 0
+    text = capsys.readouterr().out
+    found = re.search(r"up_blocks/3/resnets/0/spatial +frames +4 +([24]) +(2\.\d+) GiB +(2\.\d+) GiB", text)
+    assert float(found[2]) <= 2680e6 / 2**30 + 0.001 < float(found[3])  # printed with 4 digits
+    assert "animatediff vae: " in text
+
+
 # Errors ----------------------------------------------------------------------------------------------------------
 
 CONFIG = "--config=configs/quick/edm_digits.py"
@@ -218,6 +226,11 @@ MISTAKES = [
     ("sample", ["--workdir={run}", "--out={tmp}/out", "--guidance_scale=2"], "needs a null class"),
     ("inspect", [], "give --config="),
     ("inspect", ["--workdir={tmp}/none"], "is no run folder"),
+    ("inspect", ["--video=svdxt"], "unknown video model 'svdxt'; did you mean 'svd_xt'"),
+    ("inspect", ["--video=svd", "--size=570x1024"], "found a size of 570x1024, expected multiples of 8"),
+    ("inspect", ["--video=svd", "--size=576"], "found --size=576, expected HEIGHTxWIDTH"),
+    ("inspect", ["--video=svd", "--budget=16"], "found --budget=16, expected a number of MiB, GiB, MB or GB"),
+    ("inspect", ["--video=svd", "--workdir={tmp}"], "found --video=svd beside a folder, --config or --workdir"),
     ("convert", ["--kind=edm", "{tmp}/a.pkl"], "FOLDER is missing: give FILE FOLDER and flags --NAME=VALUE"),
     ("convert", ["--kind=edm"], "FILE FOLDER is missing"),
     ("convert", ["--kind=edm", "{tmp}/a.pkl", "{tmp}/b", "{tmp}/c"], "/c', which is no flag: flags beside FILE FOLDER are"),

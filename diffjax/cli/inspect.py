@@ -4,6 +4,7 @@
     python -m diffjax.cli.inspect --workdir=runs/digits_teacher
     python -m diffjax.cli.inspect --workdir=runs/digits_teacher --config=configs/quick/edm_digits.py
     python -m diffjax.cli.inspect sd15
+    python -m diffjax.cli.inspect --video=svd_xt --size=576x1024 --budget=16GiB --topology=v5e:1x1
 
 --config: parameters by part, bytes of the training state, FLOPs of one training step; the data is not opened. With
 --compile also the memory of the compiled step on this machine (for a large network that takes minutes). A method's own
@@ -14,9 +15,16 @@ A folder, of a model as diffusers saves it: for the denoiser, text encoders and 
 their bytes in float32, FLOPs of one image or text, and the bytes that its products and convolutions give, which a
 gradient keeps beside others. FLOPs are those of products and convolutions, 2 for a multiplication and its addition. Only the
 config files are read: the weights need not be there.
+
+--video: for one step of the U-Net with guidance and for the decoder of svd, svd_xt or animatediff in bfloat16, its
+groups of operators, their predicted memory, and with --budget the slices that keep them within it. With --topology the
+TPU compiler says what the program needs on one chip; no TPU is needed, the package libtpu is.
 """
 
 import datetime
+import functools
+import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,13 +44,23 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     flags.define_config(values, argv, new_keys=True)
     flags.define_workdir(values, "folder of a run")
     absl_flags.DEFINE_bool("compile", False, "compile the training step and show its memory", flag_values=values)
+    absl_flags.DEFINE_string("video", None, "a published video model: svd, svd_xt or animatediff", flag_values=values)
+    absl_flags.DEFINE_string("size", "576x1024", "of its frames, HEIGHTxWIDTH in pixels", flag_values=values)
+    absl_flags.DEFINE_integer("frames", 0, "of a clip, 0 = what the model was trained on", flag_values=values)
+    absl_flags.DEFINE_bool("sequential_guidance", False, "guidance one half after the other", flag_values=values)
+    absl_flags.DEFINE_string("budget", None, "bytes for it, as 16GiB or 12GB", flag_values=values)
+    absl_flags.DEFINE_string("topology", None, "TPU to compile it for, as v5e:1x1", flag_values=values)
 
 
 def main(values: absl_flags.FlagValues, folder: str = "") -> None:
     """Print what was asked for."""
+    if values.video is not None and (folder or values.config is not None or values.workdir):
+        raise ValueError(f"found --video={values.video} beside a folder, --config or --workdir: give it alone")
     if folder and (values.config is not None or values.workdir):
         raise ValueError(f"found the folder {folder} beside --config or --workdir: give it alone")
-    if folder:
+    if values.video is not None:
+        lines = video_lines(values)
+    elif folder:
         lines = model_lines(Path(folder))
     elif values.workdir:
         lines = run_lines(flags.run_folder(values), values.config)
@@ -69,13 +87,75 @@ def model_lines(folder: Path) -> Iterable[str]:
         yield _size_row("all", sizes.total(part))
 
 
+def video_lines(values: absl_flags.FlagValues) -> Iterable[str]:
+    """Groups and memory of each stage of a video model. Raises ValueError as building them does, and for a budget below
+    what the finest slices need."""
+    size, budget = _parse_size(values.size), None if values.budget is None else _parse_bytes(values.budget)
+    if values.topology is not None:  # read when JAX is imported: the compiler asks no server what this machine is
+        os.environ.update(
+            JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16",
+            TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+        )  # fmt: skip
+    import jax
+
+    from diffjax.build import video_stages
+    from diffjax.nn.groups import PLAIN
+    from diffjax.video import grouping, memory, slicer
+
+    device = None if values.topology is None else memory.topology(values.topology)
+    if device is not None:  # an eighth of the time, and about the same memory
+        jax.config.update("jax_optimization_level", "O0")
+    for name in video_stages.STAGES:
+        function, shapes = video_stages.stage(values.video, name, size, values.frames, values.sequential_guidance)
+        traced, whole = memory.trace(function, *shapes, platform="" if device is None else "tpu"), grouping.Plan()
+        plan = whole if budget is None else memory.fit(traced, budget)
+        yield f"{values.video} {name}: {_bytes(traced.argument_bytes)} of weights and inputs"
+        yield _row("", "axis", "parts", "slices", "predicted", "unsliced", width=48)
+        before, after = (memory.peaks_by_group(traced, each) for each in (whole, plan))
+        for group in {group.name: group for group in traced.groups if group.name in before}.values():
+            slices = -(-group.length // plan.size(group.name, group.axis, group.length))
+            peaks = _bytes(after[group.name]), _bytes(before[group.name])
+            yield _row(group.name, group.axis.name, str(group.length), str(slices), *peaks, width=48)
+        peaks = _bytes(memory.peak(traced, plan).bytes), _bytes(memory.peak(traced, whole).bytes)
+        yield _row("peak", "", "", "", *peaks, width=48)
+        if device is not None:
+            run = PLAIN if plan == whole else slicer.Sliced(plan)
+            yield _compiler_line(functools.partial(function, run=run), shapes, device, values.topology)
+
+
+def _compiler_line(function: Any, shapes: Sequence[Any], device: Any, topology: str) -> str:
+    from diffjax.video import memory
+
+    try:
+        found = memory.compile_for(function, *shapes, device=device)
+    except memory.DoesNotFit as error:
+        return f"the compiler for {topology}: {error}"
+    return f"the compiler for {topology}, at its least effort: {_bytes(found.peak)}, compiled in {found.seconds:.0f} s"
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of 576x1024."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not found:
+        raise ValueError(f"found --size={text}, expected HEIGHTxWIDTH in pixels, as 576x1024")
+    return int(found[1]), int(found[2])
+
+
+def _parse_bytes(text: str) -> float:
+    """Of 16GiB, 12GB or 800MiB."""
+    found = re.fullmatch(r"([0-9.]+) ?([MG])(i?)B", text)
+    if not found:
+        raise ValueError(f"found --budget={text}, expected a number of MiB, GiB, MB or GB, as 16GiB")
+    return float(found[1]) * (1024 if found[3] else 1000) ** {"M": 2, "G": 3}[found[2]]
+
+
 def _size_row(name: str, block: Any) -> str:
     weights, results = _bytes(4 * block.parameters), _bytes(block.result_bytes)
     return _row(name, f"{block.parameters:,}", weights, f"{block.flops / 1e9:,.2f}", results)
 
 
-def _row(name: str, *columns: str) -> str:
-    return f"  {name:24s}" + "".join(f"{column:>15s}" for column in columns)
+def _row(name: str, *columns: str, width: int = 24) -> str:
+    return f"  {name:{width}s}" + "".join(f"{column:>15s}" for column in columns)
 
 
 def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
@@ -136,8 +216,8 @@ def run_lines(workdir: Path, config: ConfigDict | None = None) -> Iterable[str]:
 
 
 def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
-    """The config with black images, or empty prompts, in place of its data, so that its cost shows where the data is not.
-    Its companions are needed."""
+    """The config with black images, empty prompts, or videos of digits in place of its data, so that its cost shows where
+    the data is not. Its companions are needed."""
     import numpy as np
 
     from diffjax import build
@@ -152,6 +232,9 @@ def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
     if config.data.name == "prompts":
         (folder / "blank.txt").write_text("a\n" * count)
         blank.data.update({"name": "prompts", "path": str(folder / "blank.txt")})
+        return blank
+    if config.data.get("num_frames"):
+        blank.data.update({"name": "moving_digits", "num_frames": config.data.num_frames, "num": count})
         return blank
     shape = build.data_shape(config.data).shape
     beside = companions.load_companions(config.data.companions) if config.data.get("companions") else None

@@ -1,6 +1,8 @@
 """Dot-product attention with float32 softmax; long sequences in blocks of queries, fused kernels where they exist."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -72,15 +74,34 @@ def _attend(q_BLNC: Array, k_BSNC: Array, v_BSNC: Array, bias: Array | None, mas
 def _fused(q_BLNC: Array) -> bool:
     size = q_BLNC.shape[-1]
     half = q_BLNC.dtype in (jnp.bfloat16, jnp.float16)
-    return jax.default_backend() == "gpu" and half and size % 8 == 0 and size <= 128
+    return _platform() == "gpu" and half and size % 8 == 0 and size <= 128
 
 
 def _num_blocks(shape: tuple[int, ...], keys: int) -> int:
     """Into how many the queries are cut, so that a block's scores pass under the limit: equal blocks, unless that takes
     more than twice as many as a shorter last one would (257 tokens have no divisors)."""
     batch, length, heads, _ = shape
-    limit = MAX_SCORES_CPU if jax.default_backend() == "cpu" else MAX_SCORES
+    limit = MAX_SCORES_CPU if _platform() == "cpu" else MAX_SCORES
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
     least = min(max(math.ceil(batch * heads * length * keys / (limit * devices)), 1), length)
     equal = next(n for n in range(least, length + 1) if length % n == 0)
     return equal if equal <= 2 * least else math.ceil(length / math.ceil(length / least))
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+    """What is traced inside is for devices of this platform, which may be another than this machine's: programs are
+    compiled for them elsewhere. JAX remembers the traces of a function: give it one that was not traced before."""
+    global _target
+    before, _target = _target, platform
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def _platform() -> str:
+    return _target or jax.default_backend()
+
+
+_target = ""

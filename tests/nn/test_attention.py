@@ -76,3 +76,15 @@ def test_blocks_hold_fewer_scores_and_are_one_where_operations_are_counted(monke
     assert whole not in trace() and f"f32[2,{HEADS},4,{KEYS}]" in trace()
     with stack.unrolled():
         assert whole in trace() and "scan" not in trace()
+
+
+def test_blocks_are_those_of_the_device_that_a_program_is_compiled_for(monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SCORES_CPU", 2 * HEADS * KEYS * 5)
+    q, k, v, _, _ = inputs()
+
+    def loops():
+        return str(jax.make_jaxpr(lambda q, k, v: attention.attend(q, k, v))(q, k, v)).count("scan[")
+
+    with attention.traced_for("tpu"):
+        assert loops() == 0
+    assert loops() == 1
