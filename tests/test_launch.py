@@ -72,6 +72,7 @@ def test_missing_flags_are_refused_first(script, argv, message):
         ("tpu_pod.sh", (FLAGS[0], "--workdir=/abs"), {}, "expected a folder inside the checkout"),
         ("slurm.sh", FLAGS, {}, "found no sbatch"),
         ("quickstart.sh", ("--fast",), {}, "expected nothing or --smoke"),
+        ("video_demo.sh", ("--fast",), {}, "expected nothing or --smoke"),
     ],
 )
 def test_other_mistakes_are_refused_first(script, argv, variables, message):

@@ -15,6 +15,7 @@ SHORT = {  # notebook -> names of its settings and what the test takes for them
     "immiscible": {"IMAGES": 5_120, "UPDATES": 250, "SAMPLES": 200},
     "emd": {"TEACHER_IMAGES": 12_800, "STUDENT_IMAGES": 6_400, "SAMPLES": 200},
     "conditioning": {"IMAGES": 1_280},
+    "video": {"FRAMES": 3, "SIZE": 16, "STEPS": 5, "FULL": 3},
     "text_to_image": {"MODEL": "'tiny'", "STEPS": 3},
 }
 SHOWN = {  # notebook -> number of its pictures, and what it prints
@@ -23,6 +24,7 @@ SHOWN = {  # notebook -> number of its pictures, and what it prints
     "immiscible": (2, ("linear   distance of image", "linear   1 step", "linear, 50 calls: distance")),
     "emd": (3, ("Diff-Instruct, 1 call: distance", "EMD-4, 1 call: distance")),
     "conditioning": (7, ("strength 1 is plain guidance: largest", "replicate        attention", "level 3.42")),
+    "video": (1, ("conv_out", "below 1e-5: True", "full steps: [0,", "fewer     differs")),
     "text_to_image": (3, ("unet with 792,964 weights", "pictures of 16 pixels a side", "16 network calls each")),
 }
 

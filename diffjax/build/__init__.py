@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import companions, methods, runs
+from diffjax.build import companions, methods, runs, video_networks
 from diffjax.build.costs import emd_iteration
 from diffjax.build.methods import teacher_targets
 from diffjax.build.networks import data_shape, denoiser
@@ -37,7 +37,7 @@ __all__ = [
 
 SECTIONS = ("seed", "data", "model", "method", "optim", "ema", "train", "sample", "allow_config_change")
 _SAMPLES_SHOWN = 36  # images of a sample grid during training
-_PICTURES_SHOWN = 8  # of a network on latents, whose pictures are large
+_PICTURES_SHOWN = 8  # of a network on latents, whose pictures are large; videos
 
 
 def experiment(config: ConfigDict) -> loop.Experiment:
@@ -73,17 +73,23 @@ def experiment(config: ConfigDict) -> loop.Experiment:
 
 
 def _sampler(config: ConfigDict, parts: Parts) -> Callable[[Params], np.ndarray]:
-    """Parameters to the uint8 images of a sample grid, the same seeds each time; of texts those that are held out."""
+    """Parameters to the uint8 images or videos of a sample grid, the same seeds each time; of texts those that are held
+    out, of pictures to go on from those of the data."""
     config = resolve(config)
     beside = beside_data(config)
     is_latent = beside is not None and beside.autoencoder is not None
-    count = _PICTURES_SHOWN if is_latent else _SAMPLES_SHOWN
+    count = _PICTURES_SHOWN if is_latent or parts.data.num_frames else _SAMPLES_SHOWN
     pixels = parts.data.image_size * (beside.factor if is_latent else 1)
     cond = companions.metadata(config.model, pixels, count)
     if beside is not None:
         if beside.text is not None:
             cond |= companions.conditions(beside, _shown_texts(source_of(config.data), count), "", count)
         cond |= companions.controls(config.model, pixels, count)
+
+    if config.model.name in video_networks.FIRST_FRAME:
+        source = source_of(config.data)
+        frames = video_networks.first_frames(source, video_networks.spread(source, count))
+        cond["first_frame"] = frames * parts.data.scale
 
     def finish(images: Array) -> Array:
         return generate.to_uint8(images / parts.data.scale)

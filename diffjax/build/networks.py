@@ -8,12 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffjax.build import video_networks
 from diffjax.core import names, prediction, schedules
 from diffjax.core.types import Array, Cond, Denoiser, Key, Network, Params
 from diffjax.data import sources
-from diffjax.models import dit, edm_unet, mdt, mmdit, pixart, toy, unet
+from diffjax.models import dit, edm_unet, mdt, mmdit, motion_unet, pixart, svd, toy, unet
 from diffjax.nn import control, functional
 from diffjax.sampling.learned_variance import VarianceDenoiser
+from diffjax.video.guided import VideoNetwork
 
 
 def _residual_mlp(
@@ -55,6 +57,8 @@ MODELS: dict[str, Callable[..., Callable]] = {
     "ncsnpp": functools.partial(_edm_unet, edm_unet.SongUNet, _NCSNPP),
     "adm": functools.partial(_edm_unet, edm_unet.DhariwalUNet, {}),
     **{name: functools.partial(_latent, network) for name, network in LATENT.items()},
+    "motion_unet": functools.partial(video_networks.motion_unet, motion_unet.MotionUNet),
+    "svd": functools.partial(video_networks.svd, svd.SVDUNet),
 }
 
 
@@ -77,6 +81,7 @@ def _predicts(kind: str) -> Callable[..., Denoiser]:
 # name -> function of the network and options of the `model` section, which returns its denoiser
 PRECONDITIONS: dict[str, Callable[..., Denoiser]] = {
     "edm": prediction.edm_denoiser,
+    "edm_v": prediction.edm_v_denoiser,
     "consistency": prediction.consistency_function,
     "vp": prediction.vp_denoiser,
     "ve": prediction.ve_denoiser,
@@ -93,6 +98,14 @@ def denoiser(model: Mapping[str, Any], data: sources.DataShape) -> tuple[Denoise
     if variance := variance_denoiser(model, data):
         return lambda *args, **options: variance(*args, **options)[0], init
     return wrap(network), init
+
+
+def video_network(
+    model: Mapping[str, Any], data: sources.DataShape
+) -> tuple[VideoNetwork, Callable[[Network], Denoiser]]:
+    """The network of video of a `model` section for `video.pipelines`, and what makes a denoiser of it."""
+    parts = [_parts(model, data, method) for method in ("__call__", "keep", "reuse")]
+    return VideoNetwork(*(network for _, network, _ in parts)), parts[0][0]
 
 
 def masked_denoisers(model: Mapping[str, Any], data: sources.DataShape, ratio: float, count: int) -> tuple[Denoiser, ...]:
@@ -164,8 +177,9 @@ def data_shape(data: Mapping[str, Any]) -> sources.DataShape:
     if not data.get("image_scale", 1.0) > 0:
         raise ValueError(f"data.image_scale multiplies the pixels, above 0, found {data['image_scale']}")
     return sources.DataShape(
-        data["image_size"], data["channels"], data.get("num_classes", 0), data.get("image_scale", 1.0)
-    )
+        data["image_size"], data["channels"], data.get("num_classes", 0), data.get("image_scale", 1.0),
+        data.get("num_frames", 0),
+    )  # fmt: skip
 
 
 def _parts(
@@ -185,8 +199,10 @@ def _parts(
         given["sigma_data"] = data.scale * given.get("sigma_data", inspect.signature(wrap).parameters["sigma_data"].default)
     process = given.get("process", _PROCESS_OF.get(precondition, "scaled_linear"))
     tell = _teller(options.get("metadata"), padding, process, given.get("resolution_scale", 1.0))
+    tell = video_networks.teller(name, data) or tell
     wrap = _telling(functools.partial(wrap, **given), tell)
     make = names.lookup(MODELS, name, "model.name")
+    video_networks.check(name, data)
     # a config read back from JSON has lists where its file had tuples
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     try:

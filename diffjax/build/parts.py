@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffjax.assign import host, pair
-from diffjax.build import companions, encoded, networks, runs
+from diffjax.build import companions, encoded, networks, runs, video_networks
 from diffjax.core import names, rng, trees
 from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Params
 from diffjax.data import latents, loader, sources, texts, transforms
@@ -78,7 +78,7 @@ def source_of(data: ConfigDict, whole: bool = False) -> sources.Source:
     drawn = ("flip", "augment_probability", "null_class", "image_scale", "companions", "captions", "mirrored")
     if whole:
         drawn = (*drawn, "resize", "metadata")
-    options = without(data, "name", "image_size", "channels", "num_classes", *drawn)
+    options = without(data, "name", "image_size", "channels", "num_classes", "num_frames", *drawn)
     shape, captions = networks.data_shape(data), data.get("captions", "")
     is_generated = captions in texts.CLASSES
     _check_flips(data, is_generated, whole)
@@ -161,7 +161,10 @@ def prepare(config: ConfigDict) -> Callable[[Batch, Key], Batch]:
                 rest["flip"] = transforms.flipped(jax.random.fold_in(key, 0), len(image)).astype(jnp.float32)
         if probability:
             image, rest["augment"] = transforms.augment(image, jax.random.fold_in(key, 1), probability)
-        return {"image": image * scale, **rest}
+        image = image * scale
+        if config.model.name in video_networks.FIRST_FRAME:
+            rest["first_frame"] = image[:, 0]
+        return {"image": image, **rest}
 
     return prepare
 

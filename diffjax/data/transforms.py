@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Key
 
 NUM_AUGMENT_LABELS = 9
@@ -53,8 +54,9 @@ def to_float(images: Array) -> Array:
 
 
 def flip(images: Array, key: Key) -> Array:
-    """Mirror each of `images` (B, H, W, C) left to right with probability 1/2, image i by the i-th split of `key`."""
-    return _flip(images, flipped(key, len(images)), axis=2)
+    """Mirror each of `images` (B, H, W, C), or videos (B, T, H, W, C) as a whole, left to right with probability 1/2,
+    image i by the i-th split of `key`."""
+    return _flip(images, flipped(key, len(images)), axis=-2)
 
 
 def flipped(key: Key, count: int) -> Array:
@@ -129,7 +131,7 @@ def transform(images: Array, t: Transformation) -> Array:
 
 
 def _flip(images: Array, which: Array, axis: int) -> Array:
-    return jnp.where(which[:, None, None, None], jnp.flip(images, axis), images)
+    return jnp.where(per_sample(which, images), jnp.flip(images, axis), images)
 
 
 # Affine maps ---------------------------------------------------------------------------------------------------

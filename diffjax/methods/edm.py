@@ -85,12 +85,13 @@ def make(
     variance: VarianceDenoiser | None = None,
     masked: Sequence[Denoiser | VarianceDenoiser] = (),
 ) -> Method:
-    """EDM as a Method. The batch holds image (B, H, W, C) float32 in [-1, 1] and optionally label (B,) int32 and
-    augment (B, 9); `prepare(batch, key)` makes that of what the loader gives (augmentation, uint8 to float). All
-    but the image is passed to the network as its condition. The network's dropout is on. `variance`: of a network that
-    says its variance, which then is trained too, by `variance_bound`; the levels must be "discrete". `masked`: passes of the
-    same network that see some tokens only, as many of its kind as there are numbers of tokens; one, drawn for the step, has
-    its loss at the same image and level but with other noise, and both losses are added (Gao 2023, MDTv2's code).
+    """EDM as a Method. The batch holds image (B, H, W, C), or videos (B, T, H, W, C), float32 in [-1, 1] and optionally
+    label (B,) int32 and augment (B, 9); `prepare(batch, key)` makes that of what the loader gives (augmentation, uint8
+    to float). All but the image is passed to the network as its condition. The network's dropout is on. `variance`: of a network that
+    says its variance, which then is trained too, by `variance_bound`; the levels must be "discrete". `masked`: passes
+    of the same network that see some tokens only, as many of its kind as there are numbers of tokens; one, drawn for
+    the step, has its loss at the same image and level but with other noise, and both losses are added (Gao 2023, MDTv2's
+    code).
 
     `optimizer` has no learning rate of its own, `learning_rate` maps the iteration to it. Metrics, float32: loss;
     loss_sigma_0..3, its mean over each quarter of the batch in order of noise level (as many as samples in a smaller
@@ -101,8 +102,10 @@ def make(
     _check(settings)
     if variance is not None and settings.distribution != "discrete":
         raise ValueError(
-            f"a learned variance needs the levels of a table, found distribution={settings.distribution!r}: take 'discrete'"
+            f"a learned variance needs the levels of a table, found distribution={settings.distribution!r}: take "
+            "'discrete'"
         )
+    objective = _objective(settings, denoise if variance is None else variance, variance is not None, masked)
 
     def init(params: Params) -> EDMState:
         return EDMState(params, optimizer.init(params))
@@ -116,22 +119,8 @@ def make(
         cond = drop_labels(keys.label, batch, settings.label_dropout, settings.num_classes)
         cond = drop_control(jax.random.fold_in(keys.label, 1), cond, settings.control_dropout, len(image))
         sigma = noise_levels.draw(keys.level, image.shape[0], settings.distribution, **settings.distribution_options)
-
-        def summed(network: Denoiser | VarianceDenoiser, params: Params, noise: Array, key: Key) -> Array:
-            pixels = (loss if variance is None else hybrid_loss)(settings, network, params, image, sigma, noise, cond, key)
-            return jnp.sum(pixels, axis=(1, 2, 3))
-
-        def objective(params: Params) -> tuple[Array, tuple[Array, Array]]:
-            whole = summed(denoise if variance is None else variance, params, noise, keys.dropout)
-            if not masked:
-                return jnp.mean(whole), (whole, jnp.float32(0))
-            other = jax.random.normal(jax.random.fold_in(keys.noise, 1), noise.shape)
-            passes = [functools.partial(summed, network, params, other) for network in masked]
-            which = jax.random.randint(jax.random.fold_in(keys.dropout, 1), (), 0, len(passes))
-            extra = jnp.mean(jax.lax.switch(which, passes, jax.random.fold_in(keys.dropout, 2)))
-            return jnp.mean(whole) + extra, (whole, extra)
-
-        (value, (per_sample_loss, extra)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        differentiate = jax.value_and_grad(objective, has_aux=True)
+        (value, (per_sample_loss, extra)), grads = differentiate(state.params, image, sigma, noise, cond, keys)
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
@@ -140,6 +129,32 @@ def make(
         return EDMState(params, opt_state), {**metrics, "nonfinite_leaf": trees.first_nonfinite(grads)}
 
     return Method(init, step)
+
+
+def _objective(
+    settings: Settings, network: Denoiser | VarianceDenoiser, is_hybrid: bool,
+    masked: Sequence[Denoiser | VarianceDenoiser],
+) -> Callable[..., tuple[Array, tuple[Array, Array]]]:  # fmt: skip
+    """(params, image, sigma, noise, cond, keys) -> the loss, (that of each sample (B,), that of the masked pass)."""
+    pixels = hybrid_loss if is_hybrid else loss
+
+    def objective(
+        params: Params, image: Array, sigma: Array, noise: Array, cond: Cond, keys: StepKeys
+    ) -> tuple[Array, tuple[Array, Array]]:
+        def summed(network: Denoiser | VarianceDenoiser, noise: Array, key: Key) -> Array:
+            of_pixels = pixels(settings, network, params, image, sigma, noise, cond, key)
+            return jnp.sum(of_pixels, axis=tuple(range(1, image.ndim)))
+
+        whole = summed(network, noise, keys.dropout)
+        if not masked:
+            return jnp.mean(whole), (whole, jnp.float32(0))
+        other = jax.random.normal(jax.random.fold_in(keys.noise, 1), noise.shape)
+        passes = [functools.partial(summed, one, other) for one in masked]
+        which = jax.random.randint(jax.random.fold_in(keys.dropout, 1), (), 0, len(passes))
+        extra = jnp.mean(jax.lax.switch(which, passes, jax.random.fold_in(keys.dropout, 2)))
+        return jnp.mean(whole) + extra, (whole, extra)
+
+    return objective
 
 
 def split(key: Key) -> StepKeys:
@@ -157,7 +172,7 @@ def loss(
     cond: Cond | None = None,
     key: Key | None = None,
 ) -> Array:
-    """lambda(sigma) (D - x0)^2 for every pixel, the shape of `image` (B, H, W, C); sigma (B,), unit noise."""
+    """lambda(sigma) (D - x0)^2 for every pixel, the shape of `image` (B, ..., C); sigma (B,), unit noise."""
     noisy = image + per_sample(sigma, image) * noise
     error = denoise(params, noisy, sigma, cond, key) - image
     weight = weighting.weigh(settings.weighting, sigma, **settings.weighting_options)
@@ -175,7 +190,8 @@ def hybrid_loss(
     options = settings.distribution_options
     table = schedules.table(options.get("process", "linear"), options.get("resolution_scale", 1.0))
     bits = variance_bound.bound(table, image, noisy, sigma, data, fraction)
-    return per_sample(weight, image) * (data - image) ** 2 + per_sample(settings.variance_weight * table.num * bits, image)
+    bits = per_sample(settings.variance_weight * table.num * bits, image)
+    return per_sample(weight, image) * (data - image) ** 2 + bits
 
 
 def drop_labels(key: Key, cond: Cond, probability: float, num_classes: int) -> Cond:
@@ -207,13 +223,15 @@ def drop_control(key: Key, cond: Cond, probability: float, num: int) -> Cond:
 
 
 def take_image(batch: dict[str, Array]) -> Array:
-    """The image (B, H, W, C), taken out of `batch`. Raises ValueError where there is none, or none to train on."""
+    """The image (B, H, W, C) or video (B, T, H, W, C), taken out of `batch`. Raises ValueError where there is none,
+    or none to train on."""
     if "image" not in batch:
         raise ValueError(f"the batch must hold 'image', found {sorted(batch)}")
     image = batch.pop("image")
-    if image.ndim != 4 or not jnp.issubdtype(image.dtype, jnp.floating):
+    if image.ndim not in (4, 5) or not jnp.issubdtype(image.dtype, jnp.floating):
         raise ValueError(
-            f"image must be float32 (B, H, W, C) in [-1, 1], found {image.dtype} {image.shape}: give `prepare`"
+            f"image must be float32 (B, H, W, C) or (B, T, H, W, C) in [-1, 1], found {image.dtype} {image.shape}: give "
+            "`prepare`"
         )
     return image
 

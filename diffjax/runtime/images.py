@@ -16,10 +16,13 @@ _WHITE = 255
 def grid(images: np.ndarray, columns: int = 0, scale: int = 0) -> np.ndarray:
     """Images in rows, with a white gap.
 
-    images: uint8 (n, H, W, C), C 1 or 3. columns: 0 for a square grid. scale: each pixel becomes
+    images: uint8 (n, H, W, C), C 1 or 3; (n, T, H, W, C) are videos, a row each. columns: 0 for a square grid. scale: each pixel becomes
     scale x scale (nearest); 0 for the smallest that shows at least 64 pixels. Returns uint8 (h, w, 3).
     Raises ValueError for another dtype or shape.
     """
+    images = np.asarray(images)
+    if images.ndim == 5:
+        images, columns = images.reshape(-1, *images.shape[2:]), images.shape[1]
     images = _checked(images)
     scale = scale or max(1, math.ceil(64 / images.shape[1]))
     columns = columns or math.ceil(math.sqrt(len(images)))

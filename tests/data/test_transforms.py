@@ -47,6 +47,13 @@ def test_flip_mirrors_half_of_the_images_each_for_itself():
     assert 140 < mirrored.sum() < 260  # 200 expected, six standard deviations of 10
 
 
+def test_a_video_is_mirrored_as_a_whole():
+    images = make_images(8)
+    videos = np.stack([images, -images], axis=1)  # two frames
+    flipped, key = transforms.flip(images, jax.random.key(0)), jax.random.key(0)
+    np.testing.assert_array_equal(transforms.flip(videos, key), np.stack([flipped, -flipped], axis=1))
+
+
 def test_probability_zero_changes_nothing():
     images = make_images(8)
     augmented, labels = augment(images, jax.random.key(0), 0.0)

@@ -106,6 +106,15 @@ def test_the_exact_denoiser_has_unit_loss_per_pixel_at_every_level():
         assert abs(metrics[f"loss_sigma_{part}"] / np.prod(SHAPE) - 1) < 5 * np.sqrt(8 / num)
 
 
+def test_a_video_is_a_sample():
+    """The same for videos, whose loss is summed over frames too."""
+    params, shape = {"mean": jnp.float32(0), "std": jnp.float32(0.5)}, (3, *SHAPE)
+    batch = {"image": 0.5 * jax.random.normal(jax.random.key(0), (512, *shape))}
+    _, metrics = _step(edm.Settings(), gaussian.gaussian_denoiser, params, batch)
+    num = 512 * np.prod(shape)
+    assert abs(metrics["loss"] / np.prod(shape) - 1) < 5 * np.sqrt(2 / num)
+
+
 def test_metrics_are_float32_scalars_and_an_index():
     _, metrics = _step(edm.Settings(), _scale, {"a": jnp.float32(0.5)}, _batch(5))
     assert metrics.pop("nonfinite_leaf").dtype == jnp.int32

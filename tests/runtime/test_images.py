@@ -25,6 +25,11 @@ def test_each_image_stands_in_its_cell_enlarged(channels):
     assert (found[:2] == 255).all() and (found[30:, 16:] == 255).all()
 
 
+def test_a_video_is_a_row():
+    videos = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 1), np.uint8)
+    np.testing.assert_array_equal(images.grid(videos, scale=1), images.grid(videos.reshape(6, 4, 5, 1), columns=3, scale=1))
+
+
 def test_tiny_images_are_made_visible_and_large_ones_stay():
     assert images.grid(pictures(1, 8)).shape[0] == 64 + 4
     assert images.grid(pictures(1, 100)).shape[0] == 100 + 4
