@@ -22,12 +22,14 @@ def get_config(arg: str = "") -> ConfigDict:
             "size": ("none", "constant", "alpha_1", "alpha_4", "alpha_4_drawn"),
             "text": ("zero", "replicate", "noisy_replicate"),
             "switch": ("default", "interp", "schedule", "rescaled"),
-            "bf16": ("plain", "qk_norm"),
+            "bf16": ("plain", "qk_norm", "plain_3e-2", "qk_norm_3e-2"),
         }
     )
     config.seeds = (0, 1, 2)
     config.num_samples = 1000
+    config.num_samples_along = 500  # at each kept step after the change of resolution
     config.num_pairs = 200
     config.batch_size = 1000
+    config.last_losses = 25  # steps
     config.shown = 16
     return config
