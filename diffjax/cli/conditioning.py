@@ -246,7 +246,7 @@ def compare(
     rows, curves, shown = measure(config, progress)
     workdir.mkdir(parents=True, exist_ok=True)
     pictures = {name: np.asarray(generate.to_uint8(samples)) for name, samples in shown.items()}
-    images.save_png(workdir / "samples.png", images.labelled_rows(pictures, scale=4))
+    images.save_png(workdir / "samples.png", images.labelled_rows(pictures, scale=6))
     draw_curves(curves, workdir / "switch.png")
     tables = {"claims": claims(rows), "means": means(rows), "effects": rows, "curves": curves}
     tables["evaluation"] = [{"seconds": time.perf_counter() - start}]
@@ -265,8 +265,8 @@ def draw_curves(curves: Rows, path: Path) -> None:
             axes.plot(steps, values, color=f"C{index}", linewidth=0.7, alpha=0.5)
         values = [np.mean([row["frechet_distance"] for row in own if row["step"] == step]) for step in steps]
         axes.plot(steps, values, "o-", color=f"C{index}", markersize=4, label=variant)
-    axes.set(xlabel="steps at 16 pixels", ylabel="Fréchet distance, pixels", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="steps at 16 pixels", ylabel="Fréchet distance, pixels")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
 
