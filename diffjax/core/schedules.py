@@ -340,8 +340,8 @@ PROCESSES: dict[str, Callable[[], Schedule]] = {
     "linear": lambda: Discrete(linear()),
     "scaled_linear": lambda: Discrete(scaled_linear(0.00085, 0.012)),
     "cosine": lambda: Discrete(cosine()),
-    "animatediff": lambda: Discrete(linear(0.00085, 0.012)),  # its scripts; ends of scaled_linear, betas of linear
     "flow": Flow,
+    "animatediff": lambda: Discrete(linear(0.00085, 0.012)),  # its scripts; ends of scaled_linear, betas of linear
     "ldm": lambda: Discrete(scaled_linear(0.0015, 0.0195)),  # Rombach 2022, released configs
     "sd3": lambda: Shifted(Flow(), 3.0),  # the grid that Esser 2024's release samples on
 }
