@@ -5,7 +5,7 @@
 One of scikit-learn's digits in its own 8 x 8 pixels, straight on over 16 x 16 and back from the edges, 6 frames. The
 class is the one token of the text, see `diffjax.build.video_networks`. All is trained at once,
 where Guo et al. 2024 put motion modules into a network that was trained on pictures.
-Hardware: any laptop CPU; about 7 minutes on 2 cores. Expect: no published number, the data is a demonstration.
+Hardware: any laptop CPU; about 20 minutes on 2 cores (5 videos a second). Expect: no published number, the data is a demonstration.
 """
 
 from ml_collections import ConfigDict
