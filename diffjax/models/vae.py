@@ -297,6 +297,7 @@ def _wide(x: Array) -> Array:
 
 
 def check_images(x_BHWC: Array, channels: int, factor: int) -> None:
+    """Raises ValueError for images that are not (B, H, W, channels) with sides that `factor` divides."""
     shape = x_BHWC.shape
     if len(shape) != 4 or shape[3] != channels or shape[1] % factor or shape[2] % factor or not shape[1] * shape[2]:
         raise ValueError(
