@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Video on a CPU: trains a small AnimateDiff on a digit that moves and a small Stable Video Diffusion on three real clips,
-# and makes clips with both, whole and in slices, with all steps and with 13 of 25. About 40 minutes on 2 cores, by estimate.
+# and makes clips with both, whole and in slices, with all steps and with 13 of 25. An hour on a core of an AMD EPYC that other work shares.
 #
 #   bash launch/video_demo.sh          writes runs/video_demo/report.md, with .gif and .mp4; run it again after a stop
 #   bash launch/video_demo.sh --smoke  the same in small into runs/smoke_video: does everything work?

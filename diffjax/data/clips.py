@@ -21,7 +21,8 @@ from diffjax.data import checks, digits, pictures
 from diffjax.runtime import videos
 
 SUFFIXES = (".mp4", ".gif", ".avi", ".mkv", ".mov", ".webm")
-_SPEEDS = 1 / 16, 1 / 6  # of a digit, sides of the image a frame
+_DIGIT = 8  # pixels of scikit-learn's digits; fewer are hard to tell apart
+_SPEEDS = 1 / 24, 1 / 12  # of a digit, sides of the image a frame
 
 Item = dict[str, np.ndarray]
 
@@ -48,13 +49,13 @@ class Videos:
 
 
 def moving_digits(shape: Any, num: int = 10_000, seed: int = 0) -> Videos:
-    """`num` videos of one of scikit-learn's digits each, half as high as the image, that moves straight on and bounces
-    at the edges; label: which. Video i depends on (seed, i) alone. Srivastava 2015, section 3.1, with one digit."""
+    """`num` videos of one of scikit-learn's digits each, half as high as the image or 8 pixels, that moves straight on
+    and bounces at the edges; label: which. Video i depends on (seed, i) alone. Srivastava 2015, section 3.1, with one digit."""
     if num < 1:
         raise ValueError(f"data.num: found {num}, expected the number of videos, 1 or more")
-    if shape.image_size < 8 or shape.channels not in (1, 3):
+    if shape.image_size <= _DIGIT or shape.channels not in (1, 3):
         raise ValueError(
-            f"found data.image_size = {shape.image_size}, data.channels = {shape.channels}, expected 8 or more, and "
+            f"found data.image_size = {shape.image_size}, data.channels = {shape.channels}, expected {_DIGIT + 1} or more, and "
             "1 or 3"
         )
     return Videos(num, _MovingDigits(shape, seed), shape, "moving_digits")
@@ -70,7 +71,7 @@ class _MovingDigits:
         # RandomState: numpy promises the same numbers in every version
         random = np.random.RandomState([self._seed, index])
         which, size = random.randint(len(self._digits)), self._shape.image_size
-        side = size // 2
+        side = max(_DIGIT, size // 2)
         digit = pictures.resize(self._digits[which], side, side)
         angle, speed = random.uniform(0, 2 * np.pi), random.uniform(*_SPEEDS) * size
         start = random.uniform(0, size - side, 2)
@@ -97,7 +98,7 @@ def of_files(shape: Any, path: str = "", every: int = 1, hop: int = 1) -> Videos
         raise ValueError(
             f"found data.every={every}, data.hop={hop}, data.channels={shape.channels}; expected 1 or more, and 1 or 3"
         )
-    files = _files(checks.existing(path) if path else _shipped())
+    files = video_files(checks.existing(path) if path else _shipped())
     if shape.num_classes not in (0, len(files)):
         raise ValueError(
             f"found {len(files)} video files, expected data.num_classes of them, {shape.num_classes}, or 0 classes"
@@ -128,7 +129,7 @@ def _scaled(file: Path, shape: Any) -> Iterator[np.ndarray]:
         yield frame if shape.channels == 3 else np.asarray(PIL.Image.fromarray(frame).convert("L"))[..., None]
 
 
-def _files(root: Path) -> list[Path]:
+def video_files(root: Path) -> list[Path]:
     files = [root] if root.is_file() else sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{root} holds no video: expected files that end in {', '.join(SUFFIXES)}")
