@@ -1,7 +1,7 @@
 """What slices and step rehash cost and save in time: an SVD-like U-Net at a quarter of the width, 14 frames, guidance on.
 
 One step unsliced beside one by the default plan, and a loop of 25 full steps beside one with 13 (Zhan 2024, section 5.1)
-and the loop of those 13 alone. The sides take turns in one process; a ratio is the median of those of neighbouring
+and the loop of those 13 alone, unsliced. The sides take turns in one process; a ratio is the median of those of neighbouring
 turns. Random weights: what is measured does not depend on them. Run by launch/bench.sh; writes runs/bench_video.
 """
 
@@ -27,7 +27,9 @@ from diffjax.runtime import report
 from diffjax.video import guided, memory, rehash, slicer
 from diffjax.video.grouping import Plan
 
-FRAMES, WIDTH, SIDE = 14, 96, (16, 24)  # 80 channels, a quarter of 320, are no multiple of 32 groups
+FRAMES, WIDTH = 14, 96  # 80 channels, a quarter of 320, are no multiple of 32 groups
+# latents of a step: of 320x512 pixels, since slices of few places read the weights again for little work; and of a loop
+STEP_SIDE, LOOP_SIDE = (40, 64), (8, 16)
 DEFAULT = Plan(frames=FRAMES, rows=8)  # as in launch/video_memory.py
 STEPS, FULL = 25, 13
 
@@ -39,19 +41,19 @@ def network(run: Runner) -> guided.VideoNetwork:
     return guided.guided(guided.run_by(guided.functions(make), run), jnp.linspace(1.0, 3.0, FRAMES))
 
 
-def given() -> tuple[dict, jax.Array, dict]:
+def given(side: tuple[int, int]) -> tuple[dict, jax.Array, dict]:
     """(weights, latents, conditions of both halves)."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = abstract(lambda rngs: SVDUNet(FRAMES, width=WIDTH, heads=(3, 6, 12, 12), rngs=rngs))
     params = jax.tree.map(lambda leaf: 0.02 * jax.random.normal(keys[0], leaf.shape), shapes)
-    x = jax.random.normal(keys[1], (1, FRAMES, *SIDE, 4))
-    picture = {"image": (1, 1024), "image_latents": (*SIDE, 4), "control": (3,)}
+    x = jax.random.normal(keys[1], (1, FRAMES, *side, 4))
+    picture = {"image": (1, 1024), "image_latents": (*side, 4), "control": (3,)}
     return params, x, {name: jax.random.normal(keys[2], (2, 1, *shape)) for name, shape in picture.items()}
 
 
 def steps() -> Sides:
     """One call of the network, with both halves of guidance."""
-    params, x, cond = given()
+    params, x, cond = given(STEP_SIDE)
 
     def side(run: Runner) -> Callable[[], None]:
         function = jax.jit(network(run).full)
@@ -61,10 +63,10 @@ def steps() -> Sides:
 
 
 def loops() -> Sides:
-    """25 steps of Euler by the default plan."""
-    params, x, cond = given()
+    """25 steps of Euler, unsliced."""
+    params, x, cond = given(LOOP_SIDE)
     plan = solvers.make_plan("euler", grids.append_zero(grids.polynomial(STEPS, 0.002, 700.0)))
-    called = network(slicer.Sliced(DEFAULT))
+    called = network(PLAIN)
     every, some = rehash.uniform(STEPS, STEPS), rehash.uniform(STEPS, FULL)
 
     def side(plan: solvers.Plan, schedule: rehash.Schedule) -> Callable[[], None]:
@@ -112,8 +114,9 @@ def main() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # what is compiled here is measured
     rows = compare("one step", steps(), arguments.turns) + compare("loop", loops(), max(2, arguments.turns // 2))
     text = (
-        f"U-Net of SVD with {WIDTH} channels, {FRAMES} frames of {SIDE[0]}x{SIDE[1]} latents, float32, both halves of "
-        "guidance at once. `ratio`: median over turns of a side's time over the first side's of the same turn.\n\n"
+        f"U-Net of SVD with {WIDTH} channels, {FRAMES} frames, float32, both halves of guidance at once; a step of "
+        f"{STEP_SIDE[0]}x{STEP_SIDE[1]} latents, a loop of {LOOP_SIDE[0]}x{LOOP_SIDE[1]}, unsliced. `ratio`: median "
+        "over turns of a side's time over the first side's of the same turn.\n\n"
         "<!-- table: speed -->\n\nAgain: `bash launch/bench.sh video`"
     )
     tables = {"speed": rows, "compilation": compilation()}
