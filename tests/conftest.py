@@ -1,5 +1,8 @@
 """Settings and fixtures of the whole suite: strict JAX on 8 fake CPU devices, golden arrays, counted skips."""
 
+import gc
+import importlib
+import importlib.metadata
 import json
 import os
 import sys
@@ -13,8 +16,11 @@ if WORKER and hasattr(os, "sched_setaffinity"):
     cores, workers = sorted(os.sched_getaffinity(0)), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.sched_setaffinity(0, cores[int(WORKER.removeprefix("gw")) % len(cores) :: workers])
 os.environ["JAX_PLATFORMS"] = "cpu"
-# compiling is most of what a test does: machine code is made in a hurry (a third of the time is saved)
+# compiling is most of what a test does: machine code is made in a hurry (a third of the time is saved), and by the way
+# that jaxlib 0.10 can still go beside its newer one (a third of the rest; later releases refuse an unknown flag)
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
 
 import jax
@@ -24,6 +30,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
+# a trace makes millions of objects that live on: looking for garbage among them took a fifth of its time
+gc.set_threshold(100_000, 10, 10)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 # a folder per worker, since JAX does not write the files of its cache atomically
@@ -87,6 +95,35 @@ def transformers():
     torch.set_num_threads(1)  # on models this small a second thread costs more than it saves
     yield package
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def torch_fidelity():
+    """The package; skips where it is not installed."""
+    return _beside_torch("torch_fidelity", "torch-fidelity")
+
+
+@pytest.fixture(scope="session")
+def clean_fid():
+    """The package with its module `fid`; skips where it is not installed."""
+    return _beside_torch("cleanfid", "clean-fid", "fid")
+
+
+@pytest.fixture(scope="session")
+def pytorch_fid():
+    """The package with its modules `inception` and `fid_score`; skips where it is not installed."""
+    return _beside_torch("pytorch_fid", "pytorch-fid", "inception", "fid_score")
+
+
+def _beside_torch(name, published, *modules):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install 'diffjax[test]'")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _declare_operators(torch)
+        package = pytest.importorskip(name, reason=f"{published} is not installed: pip install 'diffjax[test]'")
+        for module in modules:
+            importlib.import_module(f"{name}.{module}")
+    return package
 
 
 def _declare_operators(torch):

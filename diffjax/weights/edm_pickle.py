@@ -233,7 +233,7 @@ class _Module(pickles.Buildable):
         self.state = state
 
 
-class _ScalarType(pickles.Buildable):
+class ScalarType(pickles.Buildable):
     """numpy.dtype of a scalar; of its state only the byte order is of use here."""
 
     def __init__(self, code: str, *_: Any):
@@ -255,7 +255,7 @@ def _persistent(meta: dict[str, Any]) -> _Module:
     return module
 
 
-def _scalar(kind: _ScalarType, content: bytes) -> Any:
+def _scalar(kind: ScalarType, content: bytes) -> Any:
     (value,) = np.frombuffer(content, kind.code)
     return value.item()
 
@@ -271,7 +271,7 @@ class _Unpickler(pickles.Unpickler):
         ("dnnlib.util", "EasyDict"): pickles.Function(lambda: {}),
         ("collections", "OrderedDict"): pickles.Function(lambda: {}),
         ("builtins", "set"): pickles.Function(lambda *_: None),  # of names of buffers, not needed
-        ("numpy", "dtype"): pickles.Function(_ScalarType),
+        ("numpy", "dtype"): pickles.Function(ScalarType),
         ("numpy.core.multiarray", "scalar"): pickles.Function(_scalar),
         ("numpy._core.multiarray", "scalar"): pickles.Function(_scalar),
     }

@@ -20,6 +20,55 @@ def test_distance_of_gaussians_in_closed_form():
     assert distance == pytest.approx(5 + 1.5**2 + 3**2, rel=1e-12)
 
 
+def rotation(seed: int, width: int = 20) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((width, width)))[0]
+
+
+def spectra() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Eigenvalues (20,) of two covariances with the same eigenvectors."""
+    random = np.random.default_rng(0)
+    a, b = random.uniform(0.1, 3, (2, 20))
+    low, graded = np.where(np.arange(20) < 6, a, 0), 10.0 ** -np.linspace(0, 12, 20)
+    return {
+        "full rank": (a, b),
+        "both singular": (low, np.where(np.arange(20) % 2, b, 0)),
+        "one singular": (low, b),
+        "one direction": (np.eye(20)[3], b),
+        "one is a point": (0 * a, low),
+        "of 12 orders of magnitude": (graded, graded[::-1].copy()),
+        "as small as features": (1e-4 * a, 1e-4 * low),
+    }
+
+
+@pytest.mark.parametrize("case", spectra())
+def test_commuting_gaussians_are_exact_singular_or_not(case):
+    """|mu_1 - mu_2|^2 + sum (sqrt(l_1) - sqrt(l_2))^2, in any basis."""
+    first, second = spectra()[case]
+    expected = 20 * 0.5**2 + np.sum((np.sqrt(first) - np.sqrt(second)) ** 2)
+    for basis in (np.eye(20), rotation(1)):
+        a, b = ((basis * values) @ basis.T for values in (first, second))
+        found = fid.frechet_distance(np.full(20, 0.5), (a + a.T) / 2, np.zeros(20), (b + b.T) / 2)
+        assert found == pytest.approx(expected, abs=1e-8)
+
+
+def test_distance_on_a_line():
+    found = fid.frechet_distance([1.5], [[4.0]], [-1.0], [[0.25]])
+    assert found == pytest.approx(2.5**2 + (2 - 0.5) ** 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 6, 20])
+def test_gaussians_that_do_not_commute_and_the_map_between_them(rank):
+    """y = T x with T symmetric and positive is the optimal map (Knott & Smith 1984), so that the distance of N(0, C) and
+    N(0, T C T) is E|x - T x|^2 = tr((I - T) C (I - T)), of any rank of C."""
+    basis, map_ = rotation(2)[:, :rank], random_covariance(20, 40, 3) + 0.1 * np.eye(20)
+    first = (basis * np.linspace(0.5, 2, rank)) @ basis.T
+    second = map_ @ first @ map_
+    rest = np.eye(20) - map_
+    found = fid.frechet_distance(np.zeros(20), (first + first.T) / 2, np.zeros(20), (second + second.T) / 2)
+    assert found == pytest.approx(np.trace(rest @ first @ rest), abs=1e-8)
+    assert found > 0.1 and not np.allclose(first @ second, second @ first)
+
+
 def test_distance_is_invariant_under_rotation_and_order_of_the_sets():
     a, b = random_covariance(6, 9, 0), random_covariance(6, 9, 1)
     mean = np.arange(6.0)
