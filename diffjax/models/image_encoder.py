@@ -4,6 +4,11 @@
     hidden, pooled = network(params, normalise(x))         # x (B, 224, 224, 3) in [-1, 1]; pooled (B, 1024)
 
 A vision transformer (Dosovitskiy 2021): patches and a class token, which is pooled. SVD reads `pooled` of CLIP_VIT_H.
+CLIP's score compares `pooled` with that of the text encoder it was trained with, CMMD the images of CLIP_VIT_L_336:
+
+    CLIP_VIT_B_32                 text.CLIP_B
+    CLIP_VIT_L, CLIP_VIT_L_336    text.CLIP_L, projection=768
+    CLIP_VIT_G                    text.OPEN_CLIP_G
 """
 
 from typing import Any, NamedTuple
@@ -18,8 +23,11 @@ from diffjax.nn.layers import Init, Linear
 from diffjax.nn.norms import LayerNorm
 from diffjax.nn.patches import PatchEmbedding
 
+CLIP_VIT_B_32 = dict(width=768, depth=12, heads=12, patch=32, activation="quick_gelu", projection=512)
 CLIP_VIT_L = dict(width=1024, depth=24, heads=16, patch=14, activation="quick_gelu", projection=768)
+CLIP_VIT_L_336 = dict(CLIP_VIT_L, image_size=336)
 CLIP_VIT_H = dict(width=1280, depth=32, heads=16, patch=14, activation="gelu", projection=1024)
+CLIP_VIT_G = dict(width=1408, depth=40, heads=16, hidden=6144, patch=14, activation="gelu", projection=1024)
 
 # of red, green and blue in [0, 1], over CLIP's own data: Radford 2021's code
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -10,7 +10,8 @@ What the models that were trained with these encoders read:
     Stable Diffusion XL   CLIP_L, OPEN_CLIP_BIG_G   hidden of both with skip=1, side by side; pooled of the second
     "clip skip" n         CLIP_L       text with skip=n-1
 
-Presets have the widths of the published weights, see `weights.text`; OpenCLIP is Ilharco 2021, Cherti 2023.
+Presets have the widths of the published weights, see `weights.text`; OpenCLIP is Ilharco 2021, Cherti 2023. CLIP_B and
+OPEN_CLIP_G, and CLIP_L with projection=768, are the texts' side of image encoders: see `image_encoder`.
 """
 
 from collections.abc import Callable
@@ -23,12 +24,14 @@ from flax import nnx
 from diffjax.core import names
 from diffjax.core.types import Array
 from diffjax.nn import stack
-from diffjax.nn.layers import Embedding, Init, Linear
+from diffjax.nn.layers import Embedding, Init, Linear, over_channels
 from diffjax.nn.norms import LayerNorm
 from diffjax.nn.transformer import Mlp, SelfAttention, gelu
 
+CLIP_B = dict(width=512, depth=12, heads=8, activation="quick_gelu", projection=512)
 CLIP_L = dict(width=768, depth=12, heads=12, activation="quick_gelu")
 OPEN_CLIP_H = dict(width=1024, depth=23, heads=16, activation="gelu")
+OPEN_CLIP_G = dict(width=1024, depth=24, heads=16, activation="gelu", projection=1024)
 OPEN_CLIP_BIG_G = dict(width=1280, depth=32, heads=20, activation="gelu", projection=1280)
 
 EPS = 1e-5  # of all layer norms
@@ -50,17 +53,29 @@ class ClipTextStates(NamedTuple):
 
 
 class ClipBlock(nnx.Module):
-    """Attention, then a perceptron, each after a layer norm and added to its input; CLIP's for text and images."""
+    """Attention, then a perceptron, each after a layer norm and added to its input; CLIP's for text and images.
 
-    def __init__(self, width: int, heads: int, hidden: int, activation: str, dtype: Any = None, *, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(width, EPS, affine=True, rngs=rngs)
+    eps: of the layer norms. layer_scale: what is added is first multiplied by a number a channel (Touvron 2021, eq. 3).
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, activation: str, dtype: Any = None, eps: float = EPS,
+        layer_scale: bool = False, *, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.norm1 = LayerNorm(width, eps, affine=True, rngs=rngs)
         self.attention = SelfAttention(width, heads, dtype=dtype, rngs=rngs)
-        self.norm2 = LayerNorm(width, EPS, affine=True, rngs=rngs)
+        self.norm2 = LayerNorm(width, eps, affine=True, rngs=rngs)
         self.mlp = Mlp(width, hidden, activation=ACTIVATIONS[activation], dtype=dtype, rngs=rngs)
+        self.scale1 = nnx.Param(jnp.ones(width)) if layer_scale else None
+        self.scale2 = nnx.Param(jnp.ones(width)) if layer_scale else None
 
     def __call__(self, x_BLD: Array, causal: bool) -> Array:
-        x_BLD = x_BLD + self.attention(self.norm1(x_BLD), causal=causal).astype(x_BLD.dtype)
-        return x_BLD + self.mlp(self.norm2(x_BLD)).astype(x_BLD.dtype)
+        x_BLD = x_BLD + _scaled(self.scale1, self.attention(self.norm1(x_BLD), causal=causal)).astype(x_BLD.dtype)
+        return x_BLD + _scaled(self.scale2, self.mlp(self.norm2(x_BLD))).astype(x_BLD.dtype)
+
+
+def _scaled(scale: nnx.Param | None, x_BLD: Array) -> Array:
+    return x_BLD if scale is None else x_BLD * over_channels(scale[...], x_BLD)
 
 
 class ClipText(nnx.Module):

@@ -9,6 +9,7 @@ Files are safetensors, or PyTorch's read as `torch_file` does: nothing in them i
 whole in memory, however many gigabytes it has.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -60,9 +61,24 @@ def read(path: str | os.PathLike[str], variant: str = "") -> Weights:
     Raises FileNotFoundError for a path that is absent or holds none, and for a missing shard; ValueError for a damaged
     file, and names that two shards have.
     """
-    path = Path(path)
+    path = _found(Path(path), variant)
+    return Weights(_shards(path) if path.suffix == ".json" else _file(path), str(path))
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Hexadecimal digest of the bytes that `read` reads; of shards, one after the other in the order of their names.
+    Raises FileNotFoundError as `read`."""
+    path, digest = _found(Path(path)), hashlib.sha256()
+    for part in _shard_paths(path) if path.suffix == ".json" else [path]:
+        with open(part, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def _found(path: Path, variant: str = "") -> Path:
+    """The file, or the index of shards, of what the user named."""
     if path.is_file():
-        return Weights(_file(path), str(path))
+        return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is absent: give a model folder, or a .safetensors, .bin, .pt, .ckpt or .pth file")
     end = f".{variant}" if variant else ""
@@ -70,9 +86,9 @@ def read(path: str | os.PathLike[str], variant: str = "") -> Weights:
         for suffix in _ENDS:
             single, index = path / f"{stem}{end}{suffix}", path / f"{stem}{suffix}.index{end}.json"
             if single.is_file():
-                return Weights(_file(single), str(single))
+                return single
             if index.is_file():
-                return Weights(_shards(index), str(index))
+                return index
     have = sorted(file.name for file in path.iterdir())[:10]
     raise FileNotFoundError(
         f"{path} holds no {_STEMS[0]}{end}.safetensors or {_STEMS[1]}{end}.safetensors, nor a .bin file; found {have}: "
@@ -150,7 +166,8 @@ def _open(path: Path) -> dict[str, Any]:
     return {name: _Lazy(file, name) for name in file.keys()}  # noqa: SIM118, it is no dict
 
 
-def _shards(index: Path) -> dict[str, Any]:
+def _shard_paths(index: Path) -> list[Path]:
+    """In the order of their names."""
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ValueError(f"{index} has no weight_map: get it again")
@@ -162,13 +179,17 @@ def _shards(index: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{index.parent} lacks {len(missing)} of {len(shards)} shards: {', '.join(missing[:5])}; get them again"
         )
+    return [index.parent / shard for shard in shards]
+
+
+def _shards(index: Path) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    for shard in shards:
-        found = _file(index.parent / shard)
+    for shard in _shard_paths(index):
+        found = _file(shard)
         if twice := sorted(set(found) & set(entries)):
-            raise ValueError(f"{index.parent / shard} repeats {twice[:3]} of another shard: get the folder again")
+            raise ValueError(f"{shard} repeats {twice[:3]} of another shard: get the folder again")
         entries |= found
-    if absent := sorted(set(names) - set(entries)):
+    if absent := sorted(set(read_json(index)["weight_map"]) - set(entries)):
         raise ValueError(f"{index.parent} lacks {len(absent)} weights that its index names: {absent[:5]}; get it again")
     return entries
 

@@ -22,6 +22,16 @@ from diffjax.weights.keymap import KeyMap
 # transformers' names -> ours
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
+# what sections of a whole CLIP's config.json need not say: the values of ViT-B/32
+_CLIP_TEXT_DEFAULTS = {
+    "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
+    "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77,
+}  # fmt: skip
+_CLIP_IMAGE_DEFAULTS = {
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+    "hidden_act": "quick_gelu", "patch_size": 32, "image_size": 224,
+}  # fmt: skip
+
 
 def _transformers(inside: str, layers: str) -> dict[str, str | tuple[str, ...]]:
     """CLIP's blocks as transformers names them."""
@@ -148,13 +158,13 @@ def clip_text(weights: Iterable[str]) -> KeyMap:
         "embeddings.token_embedding.weight": CLIP_TEXT_PLAIN,
         "token_embedding.weight": OPEN_CLIP_TEXT,
     }
-    return _table(known, weights, "CLIP text encoder")
+    return chosen(known, weights, "CLIP text encoder")
 
 
 def clip_image(weights: Iterable[str]) -> KeyMap:
     """The table for a CLIP image encoder with these names. Raises ValueError for names of something else."""
     known = {"vision_model.embeddings.class_embedding": CLIP_IMAGE, "class_embedding": OPEN_CLIP_IMAGE}
-    return _table(known, weights, "CLIP image encoder")
+    return chosen(known, weights, "CLIP image encoder")
 
 
 def clip_text_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,6 +188,20 @@ def clip_image_options(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def clip_options(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of `models.image_encoder.ClipImage` and `models.text.ClipText` from the config.json of a whole CLIP,
+    whose weights both tables read. Raises ValueError for another kind of model.
+
+    transformers leaves out of the two sections what its classes have anyway.
+    """
+    if config.get("model_type") != "clip" or not {"vision_config", "text_config"} <= set(config):
+        raise ValueError(f"found model_type={config.get('model_type')!r} in config.json, expected 'clip', a whole one")
+    size, kind = {"projection_dim": config.get("projection_dim", 512)}, "architectures"
+    image = {**_CLIP_IMAGE_DEFAULTS, **config["vision_config"], **size, kind: ["CLIPVisionModelWithProjection"]}
+    words = {**_CLIP_TEXT_DEFAULTS, **config["text_config"], **size, kind: ["CLIPTextModelWithProjection"]}
+    return clip_image_options(image), clip_text_options(words)
+
+
 def t5_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `models.t5.T5` from transformers' config.json. Raises ValueError for the first version of T5."""
     if config.get("feed_forward_proj") != "gated-gelu":
@@ -185,8 +209,8 @@ def t5_options(config: Mapping[str, Any]) -> dict[str, Any]:
             f"found feed_forward_proj={config.get('feed_forward_proj')!r}, expected 'gated-gelu': T5 version 1.1, "
             "which PixArt and Stable Diffusion 3 use"
         )
-    _expect(config, "layer_norm_epsilon", 1e-6)
-    options = _renamed(
+    expect(config, "layer_norm_epsilon", 1e-6)
+    options = renamed(
         config, width="d_model", depth="num_layers", heads="num_heads", hidden="d_ff", head_size="d_kv",
         vocabulary="vocab_size", buckets="relative_attention_num_buckets",
     )  # fmt: skip
@@ -195,29 +219,29 @@ def t5_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def bert_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `models.bert.Bert` from transformers' config.json. Raises ValueError where they cannot say it."""
-    _expect(config, "layer_norm_eps", 1e-12)
-    _expect(config, "position_embedding_type", "absolute")
-    _expect(config, "type_vocab_size", 2)
+    expect(config, "layer_norm_eps", 1e-12)
+    expect(config, "position_embedding_type", "absolute")
+    expect(config, "type_vocab_size", 2)
     return _transformer(config, vocabulary="vocab_size", length="max_position_embeddings")
 
 
 def _clip_options(config: Mapping[str, Any], **more: str) -> dict[str, Any]:
-    """What CLIP's two encoders have in common, and `more` of `_renamed`."""
-    _expect(config, "layer_norm_eps", 1e-5)
+    """What CLIP's two encoders have in common, and `more` of `renamed`."""
+    expect(config, "layer_norm_eps", 1e-5)
     return _transformer(config, **more)
 
 
 def _transformer(config: Mapping[str, Any], **more: str) -> dict[str, Any]:
     """Sizes and activation as BERT, and CLIP after it, call them."""
-    options = _renamed(
+    options = renamed(
         config, width="hidden_size", depth="num_hidden_layers", heads="num_attention_heads", hidden="intermediate_size",
         activation="hidden_act", **more,
     )  # fmt: skip
     return {**options, "activation": names.lookup(_ACTIVATIONS, options["activation"], "hidden_act")}
 
 
-def _renamed(config: Mapping[str, Any], **ours: str) -> dict[str, Any]:
-    """Values of the config by our names."""
+def renamed(config: Mapping[str, Any], **ours: str) -> dict[str, Any]:
+    """Values of the config by our names. Raises ValueError naming those it lacks."""
     if missing := [theirs for theirs in ours.values() if theirs not in config]:
         have = sorted(config)[:10]
         raise ValueError(f"config.json lacks {', '.join(missing)}: it is of another kind of model; it has {have}")
@@ -228,12 +252,14 @@ def _has_class(config: Mapping[str, Any], name: str) -> bool:
     return name in (config.get("architectures") or ())
 
 
-def _expect(config: Mapping[str, Any], name: str, value: float | str) -> None:
+def expect(config: Mapping[str, Any], name: str, value: float | str | bool) -> None:
+    """Raises ValueError for a config that says another value; one that says none has the published one."""
     if config.get(name, value) != value:
         raise ValueError(f"found {name}={config[name]} in config.json, expected {value}, as published encoders have it")
 
 
-def _table(known: Mapping[str, KeyMap], weights: Iterable[str], what: str) -> KeyMap:
+def chosen(known: Mapping[str, KeyMap], weights: Iterable[str], what: str) -> KeyMap:
+    """The table under a name that these weights have. Raises ValueError where they have none of them."""
     weights = list(weights)
     for name, table in known.items():
         if name in weights:

@@ -1,5 +1,6 @@
 """Model folders and files: shards, variants, both formats; one array at a time; damage is said before it is used."""
 
+import hashlib
 import json
 import tracemalloc
 
@@ -48,6 +49,18 @@ def test_shards_and_variant(tmp_path):
     half = {"c": np.ones(2, np.float16)}
     load.save(tmp_path / "model.fp16.safetensors", half)
     assert_equal(load.read(tmp_path, variant="fp16"), half)
+
+
+def test_digest_of_a_file_and_of_shards(tmp_path):
+    load.save(tmp_path / "one" / "model.safetensors", ARRAYS)
+    content = (tmp_path / "one" / "model.safetensors").read_bytes()
+    assert load.sha256(tmp_path / "one") == hashlib.sha256(content).hexdigest()
+    assert load.sha256(tmp_path / "one" / "model.safetensors") == load.sha256(tmp_path / "one")
+    shards(tmp_path)
+    both = b"".join((tmp_path / f"model-{part}-of-2.safetensors").read_bytes() for part in (1, 2))
+    assert load.sha256(tmp_path) == hashlib.sha256(both).hexdigest()
+    with pytest.raises(FileNotFoundError, match="is absent: give a model folder"):
+        load.sha256(tmp_path / "nowhere")
 
 
 def test_files_of_torch(tmp_path):
