@@ -12,6 +12,8 @@
 #                                            minutes, writes runs/bench_data
 #   bash launch/bench.sh video               slices and step rehash of an SVD-like U-Net beside the same without; ten
 #                                            minutes, writes runs/bench_video
+#   bash launch/bench.sh metrics             features/s of FID's Inception beside pytorch-fid's, and memory of the moments of
+#                                            50,000; three minutes, writes runs/bench_metrics
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare test
@@ -31,5 +33,9 @@ python -c "import torch" 2>/dev/null || fail "PyTorch is the yardstick and is no
 if [ "${1:-}" = latent ]; then
   shift
   exec python launch/bench_latent.py "$@"
+fi
+if [ "${1:-}" = metrics ]; then
+  shift
+  exec python launch/bench_metrics.py "$@"
 fi
 python launch/bench.py "$@"
