@@ -77,11 +77,14 @@ EXPERIMENTS = {
     "emd/sd_v15.py": ("",),
     "quick/video_digits.py": ("",),
     "quick/video_clips.py": ("",),
+    "quick/classifier_digits.py": ("",),
+    "quick/classifier_cifar10.py": ("",),
 }
 EVALUATIONS = {
     "quick/compare_digits.py": ("",), "quick/compare_sfd.py": ("digits", "cifar10"), "quick/compare_emd.py": ("",),
     "quick/compare_immiscible.py": ("",), "quick/compare_conditioning.py": ("",),
-    "quick/compare_video.py": ("",),
+    "quick/compare_video.py": ("",), "quick/evaluate_digits.py": ("",), "evaluate/cifar10.py": ("uncond", "cond"),
+    "evaluate/imagenet64.py": ("deterministic", "stochastic", "adm"),
 }  # fmt: skip
 # folders that configs name as teachers -> the config of that run
 TEACHERS = {
@@ -104,11 +107,15 @@ TEACHERS = {
 }
 # Karras 2022; the CIFAR-10 teacher of Zhou 2024
 PARAMETERS = {"edm/cifar10_ddpmpp.py:uncond": 55_733_891}
+# network -> what stands for all of its blocks, which take a minute to trace where several networks train one another;
+# tests/build/test_full_size.py traces the published sizes of latent networks
+ONE = {"num_blocks": 1}
+FEWER = {"ddpmpp": ONE, "ncsnpp": ONE, "adm": ONE, "unet": {**ONE, "channel_mult": (1, 2), "transformer_depth": (1, 0)}}
 ALL = [f"{file}:{arg}".rstrip(":") for file, args in (EXPERIMENTS | EVALUATIONS).items() for arg in args]
 # whose name, or whose method, says how many calls a sample costs
-NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and not re.search("immiscible|conditioning|video", name)]
-# Traced as a whole, which takes seconds each: every method and network, once with the published sizes. What is left
-# out differs from these in numbers only.
+NAMED = [name for name in ALL if name.partition(":")[0] in EXPERIMENTS and not re.search("immiscible|conditioning|video|classifier", name)]
+# Traced as a whole, which takes seconds each: every method and network, with fewer blocks but for one of the published
+# size. What is left out differs from these in numbers only.
 BUILT = [
     "quick/conditioning_digits.py:size_alpha_4", "quick/edm_digits.py", "quick/edm_cifar16.py", "quick/sfd_digits.py:2", "quick/sfd_digits.py:v",
     "quick/sfd_digits.py:second", "quick/pd_digits.py:16", "quick/amed_digits.py:4", "edm/cifar10_ddpmpp.py:uncond",
@@ -117,6 +124,7 @@ BUILT = [
     "quick/immiscible_digits.py:consistency_auction", "quick/immiscible_digits.py:flow_linear",
     "quick/immiscible_digits.py:ddim_knn", "immiscible/consistency_cifar10.py:distillation_knn",
     "sfd/sd_v15.py:v", "emd/sd_v15.py", "immiscible/sd.py:finetune_knn", "quick/video_digits.py", "quick/video_clips.py",
+    "quick/classifier_cifar10.py",
 ]  # fmt: skip
 
 
@@ -149,9 +157,12 @@ def config_of(workdir) -> str:
     return name + match[1] if name.endswith(":") else name
 
 
-def runnable(name: str) -> ConfigDict:
-    """The config as it is run here: without LPIPS's weights, and with a null class where that is the user's to add."""
+def runnable(name: str, whole: bool = False) -> ConfigDict:
+    """The config as it is run here: without LPIPS's weights, with a null class where that is the user's to add, and
+    with FEWER blocks unless `whole`."""
     config = load(name)
+    if not whole:
+        config.model.update(FEWER.get(config.model.name, {}))
     if config.method.get("perceptual"):
         config.method.perceptual.network = ""
         if config.method.name == "consistency":
@@ -180,7 +191,7 @@ def test_every_config_file_is_listed():
 
 @pytest.mark.parametrize("name", BUILT)
 def test_builds_and_steps_abstractly(name, abstract_teachers, tmp_path):
-    config = runnable(name)
+    config = runnable(name, whole=name in PARAMETERS)
     blank = inspect.with_blank_data(build.resolve(config), tmp_path)
     experiment = build.experiment(blank)
     state = jax.eval_shape(experiment.init)
