@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax.cli import convert, evaluate, flags, inspect, sample, train, video
+from diffjax.cli import convert, evaluate, flags, inspect, protocols, sample, train, video
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "train": train, "sample": sample, "evaluate": evaluate, "inspect": inspect, "convert": convert, "video": video,
+    "protocols": protocols,
 }  # fmt: skip
 SMALL = (
     "--config.model.width=16", "--config.model.depth=1", "--config.train.batch_size=64",
@@ -73,7 +74,8 @@ def test_help_does_not_import_jax(command):
     variables = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, timeout=60)
     assert done.stdout.splitlines()[-1] == "code 0 []", done.stderr
-    own = {"convert": "--kind=...", "video": "--model=..."}.get(command, "--workdir=...")
+    others = {"convert": "--kind=...", "video": "--model=...", "protocols": "--readme=..."}
+    own = others.get(command, "--workdir=...")
     assert f"python -m diffjax.cli.{command} --" in done.stdout and own in done.stdout
 
 
@@ -229,6 +231,7 @@ MISTAKES = [
     ("inspect", ["--video=svdxt"], "unknown video model 'svdxt'; did you mean 'svd_xt'"),
     ("inspect", ["--video=svd", "--size=570x1024"], "found a size of 570x1024, expected multiples of 8"),
     ("inspect", ["--video=svd", "--size=576"], "found --size=576, expected HEIGHTxWIDTH"),
+    ("inspect", ["--video=svd", "--offload=skip"], "unknown 'skip' to offload; did you mean 'skips'"),
     ("inspect", ["--video=svd", "--budget=16"], "found --budget=16, expected a number of MiB, GiB, MB or GB"),
     ("inspect", ["--video=svd", "--workdir={tmp}"], "found --video=svd beside a folder, --config or --workdir"),
     ("convert", ["--kind=edm", "{tmp}/a.pkl"], "FOLDER is missing: give FILE FOLDER and flags --NAME=VALUE"),

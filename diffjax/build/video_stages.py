@@ -1,7 +1,7 @@
 """Programs of published video models by their shapes, as they are run: one step of the U-Net, and the decoder.
 
     function, shapes = stage("svd_xt", "unet", size=(576, 1024))
-    traced = memory.trace(function, *shapes)                                   # function(*arrays, run=...)
+    traced = steps.trace(function, *shapes)                                    # function(*arrays, run=...)
 
 Nothing is computed and no weights are needed. Weights and pictures are bfloat16, as served. The U-Net's step has
 guidance; the picture or the text are encoded before, by programs of their own.
@@ -20,7 +20,7 @@ from diffjax.core.types import Array
 from diffjax.models import motion_unet, svd, vae, vae_video
 from diffjax.nn.functional import abstract, functionalize
 from diffjax.nn.groups import FRAMES, PLAIN, Runner
-from diffjax.video import guided
+from diffjax.video import guided, offload
 
 Shape = jax.ShapeDtypeStruct
 STAGES = "unet", "vae"
@@ -84,14 +84,15 @@ def _decoder(model: str, latents: Shape) -> tuple[Callable[..., Any], tuple[Any,
         apply = functionalize(make, "decode")[0]
 
         def decode(params: Any, z_BTHWC: Array, run: Runner = PLAIN) -> Array:
-            return run("decoder", FRAMES, {"decode": lambda z: _as_bytes(apply(params, z))}, z_BTHWC[0])
+            here = offload.on_device(params)
+            return run("decoder", FRAMES, {"decode": lambda z: _as_bytes(apply(here, z))}, z_BTHWC[0])
 
     else:
         make = lambda rngs: vae_video.AutoencoderKLTemporalDecoder(dtype=jnp.bfloat16, rngs=rngs)  # noqa: E731
         apply = functionalize(make, "decode")[0]
 
         def decode(params: Any, z_BTHWC: Array, run: Runner = PLAIN) -> Array:
-            return _as_bytes(apply(params, z_BTHWC, run=run)[0])
+            return _as_bytes(apply(offload.on_device(params), z_BTHWC, run=run)[0])
 
     return decode, (_weights(make), latents)
 

@@ -26,7 +26,8 @@ from diffjax.core.types import Params
 from diffjax.models import image_encoder, motion_unet, svd, vae, vae_video
 from diffjax.nn import functional
 from diffjax.nn.groups import PLAIN, Runner
-from diffjax.video import grouping, guided, memory, pipelines, rehash
+from diffjax.video import grouping, guided, memory, pipelines, rehash, steps
+from diffjax.video import offload as waiting
 from diffjax.weights import folders, keymap, load
 from diffjax.weights import motion as motion_tables
 from diffjax.weights import svd as svd_tables
@@ -35,6 +36,7 @@ from diffjax.weights import unet as unet_tables
 from diffjax.weights import vae as vae_tables
 
 MOTION_FRAMES = 16  # AnimateDiff's clips
+Put = Callable[[np.ndarray], jax.Array]  # to the memory where weights wait
 _SCRIPTS = ("animatediff", {"spacing": "linspace", "offset": 0, "to_zero": False})  # the sampler of its authors
 
 
@@ -58,12 +60,15 @@ class Video(NamedTuple):
     tokenise: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None
 
 
-def load_video(folder: str | Path, motion: str | Path = "", compute_dtype: str = "") -> Video:
+def load_video(
+    folder: str | Path, motion: str | Path = "", compute_dtype: str = "", offload: Sequence[str] = ()
+) -> Video:
     """The model in a folder. motion: motion modules for Stable Diffusion; compute_dtype: of the U-Net and the decoder,
-    "" for float32. The weights of the U-Net are held in it. What encodes texts and pictures stays in float32.
+    "" for float32. The weights of the U-Net are held in it. What encodes texts and pictures stays in float32. offload:
+    of the plan that clips will be made by; with "weights" those of the U-Net and the autoencoder stay on the host.
 
     Raises FileNotFoundError for parts that are absent, ValueError for another kind of model or an option that we do not
-    have.
+    have, and as `offload.check`.
     """
     folder = Path(folder)
     made = folders.index(folder).get("_class_name")
@@ -73,25 +78,28 @@ def load_video(folder: str | Path, motion: str | Path = "", compute_dtype: str =
             f"{folder} has its own motion: leave --motion={motion} out" if motion
             else f"{folder} is Stable Diffusion, which makes no clips by itself: give motion modules with --motion"
         )  # fmt: skip
-    return kind(folder, motion, jnp.dtype(compute_dtype) if compute_dtype else None)
+    waiting.check(offload)
+    put = waiting.to_host if "weights" in offload else jnp.asarray
+    return kind(folder, motion, jnp.dtype(compute_dtype) if compute_dtype else None, put)
 
 
 def from_picture(
-    video: Video, picture: np.ndarray, seeds: Sequence[int], *, size: tuple[int, int], num_steps: int = 25,
-    sequential: bool = False, schedule: rehash.Schedule | None = None, run: Runner = PLAIN, **options: Any,
-) -> np.ndarray:  # fmt: skip
-    """Clips uint8 (n, T, H, W, 3) that begin with a picture; arguments as of `tell_picture` and `pipelines.make`."""
-    told = tell_picture(video, picture, seeds, size=size, **options)
-    how = dict(sequential=sequential, schedule=schedule, run=run)
-    return pipelines.make(video.parts, video.weights, told, video.plan(num_steps), **how)
+    video: Video, picture: np.ndarray, seeds: Sequence[int], *, num_steps: int = 25, **options: Any
+) -> np.ndarray:
+    """Clips uint8 (n, T, H, W, 3) that begin with a picture; options of `tell_picture` and `pipelines.make`."""
+    return _clips(tell_picture, video, picture, seeds, num_steps, **options)
 
 
-def from_text(
-    video: Video, prompt: str, seeds: Sequence[int], *, size: tuple[int, int], num_steps: int = 25,
+def from_text(video: Video, prompt: str, seeds: Sequence[int], *, num_steps: int = 25, **options: Any) -> np.ndarray:
+    """Clips uint8 (n, T, H, W, 3) of a text; options of `tell_text` and `pipelines.make`."""
+    return _clips(tell_text, video, prompt, seeds, num_steps, **options)
+
+
+def _clips(
+    tell: Callable[..., pipelines.Told], video: Video, given: Any, seeds: Sequence[int], num_steps: int, *,
     sequential: bool = False, schedule: rehash.Schedule | None = None, run: Runner = PLAIN, **options: Any,
 ) -> np.ndarray:  # fmt: skip
-    """Clips uint8 (n, T, H, W, 3) of a text; arguments as of `tell_text` and `pipelines.make`."""
-    told = tell_text(video, prompt, seeds, size=size, **options)
+    told = tell(video, given, seeds, **options)
     how = dict(sequential=sequential, schedule=schedule, run=run)
     return pipelines.make(video.parts, video.weights, told, video.plan(num_steps), **how)
 
@@ -130,13 +138,14 @@ def tell_text(
     )  # fmt: skip
 
 
-def fit(video: Video, budget: float, **options: Any) -> grouping.Plan:
-    """Slices with which a call of the U-Net, and the decoder, are predicted to stay within `budget` bytes, weights
-    included; a feature that `rehash` keeps is not counted. options: those of `calls`. Raises ValueError for a budget
-    below what the finest slices need, and as `tell_picture`.
+def fit(video: Video, budget: float, offload: Sequence[str] = (), **options: Any) -> grouping.Plan:
+    """Slices with which a step of the U-Net, and the decoder, are predicted to stay within `budget` bytes, weights
+    included where they do not wait on the host. options: those of `calls`. Raises ValueError for a budget below what
+    the finest slices need, and as `tell_picture`.
     """
-    plans = [memory.fit(memory.trace(*call), budget) for call in calls(video, **options)]
-    return grouping.Plan(groups={name: count for plan in plans for name, count in plan.groups.items()})
+    plans = [memory.fit(steps.trace(*call, offload=offload), budget) for call in calls(video, **options)]
+    groups = {name: count for plan in plans for name, count in plan.groups.items()}
+    return grouping.Plan(groups=groups, offload=offload)
 
 
 def check_plan(video: Video, plan: grouping.Plan, **options: Any) -> None:
@@ -146,22 +155,28 @@ def check_plan(video: Video, plan: grouping.Plan, **options: Any) -> None:
 
 def calls(
     video: Video, *, size: tuple[int, int], count: int = 1, num_frames: int = 0, is_guided: bool = True,
-    sequential: bool = False,
+    sequential: bool = False, mode: str = "",
 ) -> list[tuple]:  # fmt: skip
-    """(function(*arrays, run), *shapes of its arrays): a call of the U-Net, and the decoder. count: of clips at once;
-    sequential: guidance's halves one after the other."""
+    """(function(weights, *arrays, run), *shapes of what it takes): a step of the U-Net, and the decoder. count: of
+    clips at once; sequential: guidance's halves one after the other; mode: of a `rehash.Schedule`, whose feature is
+    kept."""
     frames, (height, width) = check(video, size, num_frames), (length // video.factor for length in size)
     shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
     z = shape(count, frames, height, width, video.channels)
-    decoder = video.parts.decode, video.shapes["vae"], z
-    at_once = count * (2 if is_guided and not sequential else 1)
+    at_once = (2, count) if is_guided else (count,)
     if isinstance(video.parts, pipelines.ImageToVideo):
-        latents = shape(at_once, height, width, video.channels)
-        cond = {"image": shape(at_once, *video.context), "image_latents": latents, "control": shape(at_once, 3)}
+        latents = shape(*at_once, height, width, video.channels)
+        cond = {"image": shape(*at_once, *video.context), "image_latents": latents, "control": shape(*at_once, 3)}
     else:
-        cond = {"text": shape(at_once, *video.context)}
-    unet = video.parts.network.full, video.shapes["unet"], shape(at_once, *z.shape[1:]), shape(at_once), cond
-    return [unet, decoder]
+        cond = {"text": shape(*at_once, *video.context)}
+
+    def step(*arrays: Any, run: Runner = PLAIN) -> Any:
+        network = guided.run_by(video.parts.network, run)
+        network = guided.guided(network, 1.0, sequential) if is_guided else network
+        return network.full(*arrays) if mode in ("", "output") else network.keep(*arrays, anchor=mode)
+
+    unet = step, video.shapes["unet"], z, shape(count), cond
+    return [unet, (video.parts.decode, video.shapes["vae"], z)]
 
 
 def check(video: Video, size: tuple[int, int], num_frames: int = 0) -> int:
@@ -178,7 +193,7 @@ def check(video: Video, size: tuple[int, int], num_frames: int = 0) -> int:
 # Kinds of models ------------------------------------------------------------------------------------------------
 
 
-def _svd(folder: Path, _: str, dtype: Any) -> Video:
+def _svd(folder: Path, _: str, dtype: Any, put: Put) -> Video:
     _, options = folders.video_denoiser(load.config(folder / "unet"))
     kind, decoder = folders.video_autoencoder(load.config(folder / "vae"))
     if kind != "AutoencoderKLTemporalDecoder":
@@ -197,8 +212,8 @@ def _svd(folder: Path, _: str, dtype: Any) -> Video:
     )
     read = {
         "image_encoder": _reader(folder / "image_encoder", functional.abstract(make_clip), text_tables.clip_image),
-        "vae": _reader(folder / "vae", shapes["vae"], lambda _: svd_tables.vae(len(decoder["channel_mult"]))),
-        "unet": _reader(folder / "unet", shapes["unet"], lambda _: svd_tables.unet()),
+        "vae": _reader(folder / "vae", shapes["vae"], lambda _: svd_tables.vae(len(decoder["channel_mult"])), put),
+        "unet": _reader(folder / "unet", shapes["unet"], lambda _: svd_tables.unet(), put),
     }
     levels = folders.karras_levels(folder / "scheduler")
     plan = lambda num: solvers.make_plan("euler", grids.append_zero(grids.polynomial(num, *levels)))  # noqa: E731
@@ -213,13 +228,13 @@ def _video_vae(options: Mapping[str, Any], rngs: Any) -> vae_video.AutoencoderKL
     return vae_video.AutoencoderKLTemporalDecoder(**options, rngs=rngs)
 
 
-def _animatediff(folder: Path, _: str, dtype: Any) -> Video:
+def _animatediff(folder: Path, _: str, dtype: Any, put: Put) -> Video:
     _, options = folders.video_denoiser(load.config(folder / "unet"))
     both = lambda: motion_tables.split(load.read(folder / "unet"))  # noqa: E731
-    return _text_to_video(folder, options, both, folders.ddim_options(folder / "scheduler"), dtype)
+    return _text_to_video(folder, options, both, folders.ddim_options(folder / "scheduler"), dtype, put)
 
 
-def _with_adapter(folder: Path, motion: str, dtype: Any) -> Video:
+def _with_adapter(folder: Path, motion: str, dtype: Any, put: Put) -> Video:
     name, options, shape = folders.denoiser(load.config(folder / "unet"))
     if name != "unet" or "head_dim" in options or "controls" in options:
         raise ValueError(f"{folder} is no Stable Diffusion 1, the only one that --motion is for")
@@ -229,7 +244,7 @@ def _with_adapter(folder: Path, motion: str, dtype: Any) -> Video:
     heads = load.config(Path(motion))["motion_num_attention_heads"] if Path(motion).is_dir() else 8
     options = {**options, **sizes, **motion_tables.options(modules), "motion_heads": heads}
     both = lambda: (load.read(folder / "unet"), modules)  # noqa: E731
-    return _text_to_video(folder, options, both, _SCRIPTS, dtype)
+    return _text_to_video(folder, options, both, _SCRIPTS, dtype, put)
 
 
 _KINDS = {
@@ -238,7 +253,7 @@ _KINDS = {
 
 
 def _text_to_video(
-    folder: Path, options: Mapping[str, Any], both: Callable[[], tuple], sampler: tuple[str, dict], dtype: Any
+    folder: Path, options: Mapping[str, Any], both: Callable[[], tuple], sampler: tuple[str, dict], dtype: Any, put: Put
 ) -> Video:
     """both: weights of the U-Net and of its motion modules."""
     kind, decoder = folders.video_autoencoder(load.config(folder / "vae"))
@@ -257,12 +272,12 @@ def _text_to_video(
 
     def unet_params() -> Params:
         unet, motion = both()
-        put = lambda _, array: jnp.asarray(array)  # noqa: E731
-        return motion_tables.merge(unet, motion, shapes["unet"], unet_tables.diffusers(), options["max_frames"], put)
+        place = lambda _, array: put(array)  # noqa: E731
+        return motion_tables.merge(unet, motion, shapes["unet"], unet_tables.diffusers(), options["max_frames"], place)
 
     read = {
         "text_encoder": lambda: text.params,
-        "vae": _reader(folder / "vae", shapes["vae"], lambda weights: vae_tables.table(weights, levels)),
+        "vae": _reader(folder / "vae", shapes["vae"], lambda weights: vae_tables.table(weights, levels), put),
         "unet": unet_params,
     }
     plan = functools.partial(respaced.ddim, table, **sampler[1])
@@ -275,13 +290,15 @@ def _text_to_video(
     )  # fmt: skip
 
 
-def _reader(folder: Path, expected: Params, table: Callable[[load.Weights], keymap.KeyMap]) -> Callable[[], Params]:
-    """() -> the parameters of a part, on the device."""
+def _reader(
+    folder: Path, expected: Params, table: Callable[[load.Weights], keymap.KeyMap], put: Put = jnp.asarray
+) -> Callable[[], Params]:
+    """() -> the parameters of a part, where `put` puts them."""
     load.config(folder)  # absent parts are said at once
 
     def read() -> Params:
         weights = load.read(folder)
-        return keymap.to_params(table(weights), weights, expected, weights.source, lambda _, array: jnp.asarray(array))
+        return keymap.to_params(table(weights), weights, expected, weights.source, lambda _, array: put(array))
 
     return read
 

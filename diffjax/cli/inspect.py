@@ -17,8 +17,9 @@ gradient keeps beside others. FLOPs are those of products and convolutions, 2 fo
 config files are read: the weights need not be there.
 
 --video: for one step of the U-Net with guidance and for the decoder of svd, svd_xt or animatediff in bfloat16, its
-groups of operators, their predicted memory, and with --budget the slices that keep them within it. With --topology the
-TPU compiler says what the program needs on one chip; no TPU is needed, the package libtpu is.
+groups of operators, their predicted memory, and with --budget the slices that keep them within it. --topology: the TPU
+compiler says what the program needs on one chip, and where that is above the budget finer slices are tried; no TPU is
+needed, the package libtpu is. --offload=skips,weights: these wait in the host's memory.
 """
 
 import datetime
@@ -27,16 +28,21 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from diffjax.cli import flags
 
+if TYPE_CHECKING:
+    from diffjax.video.grouping import Plan
+    from diffjax.video.steps import Traced
+
 POSITIONAL = ("[FOLDER]",)
+_ATTEMPTS = 3
 
 
 def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
@@ -49,6 +55,7 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_integer("frames", 0, "of a clip, 0 = what the model was trained on", flag_values=values)
     absl_flags.DEFINE_bool("sequential_guidance", False, "guidance one half after the other", flag_values=values)
     absl_flags.DEFINE_string("budget", None, "bytes for it, as 16GiB or 12GB", flag_values=values)
+    absl_flags.DEFINE_list("offload", [], "what waits in the host's memory: skips, weights", flag_values=values)
     absl_flags.DEFINE_string("topology", None, "TPU to compile it for, as v5e:1x1", flag_values=values)
 
 
@@ -99,38 +106,68 @@ def video_lines(values: absl_flags.FlagValues) -> Iterable[str]:
     import jax
 
     from diffjax.build import video_stages
-    from diffjax.nn.groups import PLAIN
-    from diffjax.video import grouping, memory, slicer
+    from diffjax.video import memory, steps
+    from diffjax.video.grouping import Plan
 
     device = None if values.topology is None else memory.topology(values.topology)
     if device is not None:  # an eighth of the time, and about the same memory
         jax.config.update("jax_optimization_level", "O0")
+    whole = Plan(offload=values.offload)
     for name in video_stages.STAGES:
         function, shapes = video_stages.stage(values.video, name, size, values.frames, values.sequential_guidance)
-        traced, whole = memory.trace(function, *shapes, platform="" if device is None else "tpu"), grouping.Plan()
-        plan = whole if budget is None else memory.fit(traced, budget)
+        platform = "" if device is None else "tpu"
+        traced = steps.trace(function, *shapes, platform=platform, offload=whole.offload)
         yield f"{values.video} {name}: {_bytes(traced.argument_bytes)} of weights and inputs"
-        yield _row("", "axis", "parts", "slices", "predicted", "unsliced", width=48)
-        before, after = (memory.peaks_by_group(traced, each) for each in (whole, plan))
-        for group in {group.name: group for group in traced.groups if group.name in before}.values():
-            slices = -(-group.length // plan.size(group.name, group.axis, group.length))
-            peaks = _bytes(after[group.name]), _bytes(before[group.name])
-            yield _row(group.name, group.axis.name, str(group.length), str(slices), *peaks, width=48)
-        peaks = _bytes(memory.peak(traced, plan).bytes), _bytes(memory.peak(traced, whole).bytes)
-        yield _row("peak", "", "", "", *peaks, width=48)
+        plan = whole if budget is None else memory.fit(traced, budget)
         if device is not None:
-            run = PLAIN if plan == whole else slicer.Sliced(plan)
-            yield _compiler_line(functools.partial(function, run=run), shapes, device, values.topology)
+            plan = yield from _compiled_lines(function, shapes, device, traced, plan, budget)
+        yield from _plan_lines(traced, plan)
 
 
-def _compiler_line(function: Any, shapes: Sequence[Any], device: Any, topology: str) -> str:
+def _plan_lines(traced: "Traced", plan: "Plan") -> Iterable[str]:
+    """A table of the groups, their slices and predicted memory."""
     from diffjax.video import memory
+    from diffjax.video.grouping import Plan
 
-    try:
-        found = memory.compile_for(function, *shapes, device=device)
-    except memory.DoesNotFit as error:
-        return f"the compiler for {topology}: {error}"
-    return f"the compiler for {topology}, at its least effort: {_bytes(found.peak)}, compiled in {found.seconds:.0f} s"
+    yield _row("", "axis", "parts", "slices", "predicted", "unsliced", width=48)
+    before, after = (memory.peaks_by_group(traced, each) for each in (Plan(), plan))
+    for group in {group.name: group for group in traced.groups if group.name in before}.values():
+        slices = -(-group.length // plan.size(group.name, group.axis, group.length))
+        peaks = _bytes(after[group.name]), _bytes(before[group.name])
+        yield _row(group.name, group.axis.name, str(group.length), str(slices), *peaks, width=48)
+    peaks = _bytes(memory.peak(traced, plan).bytes), _bytes(memory.peak(traced, Plan()).bytes)
+    yield _row("peak", "", "", "", *peaks, width=48)
+
+
+def _compiled_lines(
+    function: Any, shapes: Sequence[Any], device: Any, traced: "Traced", plan: "Plan", budget: float | None
+) -> Generator[str, None, "Plan"]:
+    """What the compiler says of a plan. Above the budget, or what the chip has, plans for less follow, up to
+    _ATTEMPTS in all; the last plan is returned."""
+    from diffjax.nn.groups import PLAIN
+    from diffjax.video import memory, slicer
+    from diffjax.video.grouping import Plan
+
+    target = budget
+    for attempt in range(_ATTEMPTS):
+        program = functools.partial(function, run=PLAIN if plan == Plan() else slicer.Sliced(plan))
+        try:
+            found = memory.compile_for(program, *shapes, device=device, offload=plan.offload)
+            yield f"the compiler, at its least effort: {_bytes(found.peak)}, compiled in {found.seconds:.0f} s"
+            needed, most = found.peak, budget
+        except memory.DoesNotFit as error:
+            yield f"the compiler: {error}"
+            needed, most = error.needed, min(budget or 0, error.available or budget or 0)
+        if target is None or (needed is not None and needed <= most) or attempt == _ATTEMPTS - 1:
+            return plan
+        target *= 0.95 * most / (needed or 1.25 * most)
+        try:
+            plan = memory.fit(traced, target)
+        except ValueError as error:
+            yield f"above {_bytes(most)}, and no slices would do: {error}"
+            return plan
+        yield f"above {_bytes(most)}: again with the slices that are predicted to stay within {_bytes(target)}"
+    return plan
 
 
 def _parse_size(text: str) -> tuple[int, int]:
@@ -228,6 +265,7 @@ def with_blank_data(config: ConfigDict, folder: Path) -> ConfigDict:
         return config  # no data to replace, or a mistake that building it will name
     kept = ("image_size", "channels", "num_classes", "null_class", "flip", "augment_probability", "companions")
     blank, count = ConfigDict(config.to_dict()), config.train.batch_size
+    count *= 2 if config.get("method", {}).get("held_out") else 1  # that a batch is left
     blank.data = {key: config.data[key] for key in kept if key in config.data}
     if config.data.name == "prompts":
         (folder / "blank.txt").write_text("a\n" * count)

@@ -10,15 +10,17 @@
 Diffusion 1 with --motion, a folder or file of motion modules. The picture is stretched to --size. Clip i depends on its
 seed alone. Frames are the same however they are sliced.
 
---slices: a number of bytes (12GiB) that the U-Net and the decoder shall stay within, weights included, as predicted; or
-a file with a plan, see diffjax.video.grouping. --rehash: a number of steps that are computed in full, the others reuse
-features of them (--rehash_mode), evenly spread; or a file with a schedule, see diffjax.video.rehash. --find_rehash=13
-runs all steps once, looks which are alike, and writes that file with as many full steps to OUT/steps.json; it is used.
+--slices: a number of bytes (12GiB) that the U-Net and the decoder shall stay within, weights included, as predicted;
+or a file with a plan, see diffjax.video.grouping. --offload=skips,weights: these wait in the host's memory until their
+turn comes, where the backend has it. --rehash: a number of steps that are computed in full, the others reuse features
+of them (--rehash_mode), evenly spread; or a file with a schedule, see diffjax.video.rehash. --find_rehash=13 runs all
+steps once, looks which are alike, and writes that file with as many full steps to OUT/steps.json; it is used.
 
 OUT gets clip_SEED.mp4 and .gif for each seed, and video.json, and must not hold them already. Without the package av
 only .gif.
 """
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from diffjax.build.videos import Video
+    from diffjax.video.grouping import Plan
 
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*([GMgm]i?[Bb])?")
 _UNITS = {"": 1, "GB": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 _OF_PICTURES, _OF_TEXTS = ("fps", "motion_bucket", "augmentation"), ("negative_prompt",)
 
@@ -60,6 +64,7 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_float("augmentation", None, "--image: noise on the picture, more for more motion", **common)
     absl_flags.DEFINE_string("compute_dtype", "", "type of the network's products, bfloat16 or float32", **common)
     absl_flags.DEFINE_string("slices", "", "bytes to stay within (12GiB), or a file with a plan", **common)
+    absl_flags.DEFINE_list("offload", [], "what waits in the host's memory: skips, weights", **common)
     absl_flags.DEFINE_string("rehash", "", "number of full steps, or a file with a schedule", **common)
     absl_flags.DEFINE_integer("find_rehash", 0, "number of full steps, found by what is alike", **common)
     absl_flags.DEFINE_string("rehash_mode", "temporal", "what the other steps reuse: temporal, output, ...", **common)
@@ -72,6 +77,7 @@ def main(values: absl_flags.FlagValues) -> None:
     from diffjax.build import videos
     from diffjax.nn.groups import PLAIN
     from diffjax.video import pipelines
+    from diffjax.video.grouping import Plan
     from diffjax.video.slicer import Sliced
 
     folder = flags.needed(values, "model", "stable-video-diffusion-img2vid")
@@ -90,17 +96,20 @@ def main(values: absl_flags.FlagValues) -> None:
     guidance = _guidance(values.guidance, (1.0, 3.0) if values.image is not None else (7.5,))
     if values.image is not None:
         _picture(values.image)  # before a model is loaded
-    video = videos.load_video(folder, values.motion, values.compute_dtype)
+    plan = _plan_given(values)
+    video = videos.load_video(folder, values.motion, values.compute_dtype, plan.offload)
     frames = videos.check(video, size, values.frames)
-    plan = _plan(video, values, size, len(seeds), frames, guidance is not None)
+    options = dict(size=size, count=len(seeds), num_frames=frames, is_guided=guidance is not None)
+    options |= dict(sequential=values.sequential_guidance, mode="" if schedule is None else schedule.mode)
+    plan = _plan(video, plan, values, options)
     full = values.steps if schedule is None else len(schedule.full)
     print(f"{folder}: {len(seeds)} clips of {frames} frames, {values.size}; {values.steps} steps, {full} of them full")
-    if plan is not None:
+    if plan != Plan():
         print(f"groups in slices: {plan.dumps()}")
     if values.dry_run:
         print("nothing was written: leave --dry_run out to make the clips")
         return
-    how = dict(sequential=values.sequential_guidance, run=PLAIN if plan is None else Sliced(plan))
+    how = dict(sequential=values.sequential_guidance, run=PLAIN if plan == Plan() else Sliced(plan))
     told = _tell(values, video, seeds, dict(size=size, num_frames=frames, guidance_scale=guidance))
     steps = video.plan(values.steps)
     if values.find_rehash:
@@ -192,25 +201,29 @@ def _schedule(values: absl_flags.FlagValues) -> Any:
     return schedule
 
 
-def _plan(
-    video: "Video", values: absl_flags.FlagValues, size: tuple[int, int], count: int, frames: int, is_guided: bool
-) -> Any:
-    """A grouping.Plan of --slices, None without it."""
-    from diffjax.build import videos
+def _plan_given(values: absl_flags.FlagValues) -> "Plan":
+    """A plan of the file of --slices, whole groups without it, with --offload if that is given."""
     from diffjax.video import grouping
 
-    if not values.slices:
-        return None
-    budget = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GMgm]i?[Bb])?", values.slices)
-    options = dict(size=size, count=count, num_frames=frames)
-    options |= dict(is_guided=is_guided, sequential=values.sequential_guidance)
-    if budget:
-        return videos.fit(video, float(budget[1]) * _UNITS[(budget[2] or "").upper()], **options)
-    if not Path(values.slices).is_file():
-        raise FileNotFoundError(f"--slices={values.slices} is no file; expected one with a plan, or bytes like 12GiB")
-    plan = grouping.loads(Path(values.slices).read_text(encoding="utf-8"))
-    videos.check_plan(video, plan, **options)
-    return plan
+    plan = grouping.Plan()
+    if values.slices and not _BUDGET.fullmatch(values.slices):
+        file = Path(values.slices)
+        if not file.is_file():
+            raise FileNotFoundError(f"--slices={file} is no file; expected one with a plan, or bytes like 12GiB")
+        plan = grouping.loads(file.read_text(encoding="utf-8"))
+    return dataclasses.replace(plan, offload=values.offload or plan.offload)
+
+
+def _plan(video: "Video", plan: "Plan", values: absl_flags.FlagValues, options: dict[str, Any]) -> "Plan":
+    """The plan for the budget of --slices, or the given one where it fits the model."""
+    from diffjax.build import videos
+
+    budget = _BUDGET.fullmatch(values.slices)
+    if not budget:
+        videos.check_plan(video, plan, **options)
+        return plan
+    most = float(budget[1]) * _UNITS[(budget[2] or "").upper()]
+    return videos.fit(video, most, plan.offload, **options)
 
 
 def _picture(path: str) -> "np.ndarray":

@@ -33,7 +33,7 @@ from diffjax.data import transforms
 from diffjax.nn.groups import PLAIN, Runner
 from diffjax.runtime import images, report, videos
 from diffjax.sampling import generate
-from diffjax.video import grouping, guided, pipelines, rehash, slicer
+from diffjax.video import grouping, guided, memory, pipelines, rehash, slicer
 
 Rows = list[dict[str, Any]]
 
@@ -201,11 +201,8 @@ def measure(config: ConfigDict, model: Model, tables: dict[str, Rows], progress:
     calls, outs = {}, {}
     for plan, run in plans_of(config).items():
         compiled = _one_call(model, run).lower(model.run.params, x, cond).compile()
-        memory = compiled.memory_analysis()
-        # the compiler's own peak leaves out the work here
-        sizes = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
         row = {"model": model.name, "frames": frames, "size": f"{size}x{size}", "target": jax.default_backend()}
-        row |= {"plan": plan, "stage": "unet", "peak_bytes": sum(sizes) - memory.alias_size_in_bytes}
+        row |= {"plan": plan, "stage": "unet", "peak_bytes": memory.read(compiled).peak}
         tables["memory"].append({**row, "weights_bytes": grouping.total_bytes(model.run.params)})
         calls[plan] = lambda compiled=compiled: compiled(model.run.params, x, cond)
         outs[plan] = np.asarray(calls[plan]())

@@ -49,13 +49,13 @@ class Videos:
 
 
 def moving_digits(shape: Any, num: int = 10_000, seed: int = 0) -> Videos:
-    """`num` videos of one of scikit-learn's digits each, half as high as the image or 8 pixels, that moves straight on
-    and bounces at the edges; label: which. Video i depends on (seed, i) alone. Srivastava 2015, section 3.1, with one digit."""
+    """`num` videos of one of scikit-learn's digits each, half as high as the image or 8 pixels, that moves straight on and
+    bounces at the edges; label: which. Video i depends on (seed, i) alone. Srivastava 2015, section 3.1, with one digit."""
     if num < 1:
         raise ValueError(f"data.num: found {num}, expected the number of videos, 1 or more")
-    if shape.image_size <= _DIGIT or shape.channels not in (1, 3):
+    if shape.image_size < 8 or shape.channels not in (1, 3):
         raise ValueError(
-            f"found data.image_size = {shape.image_size}, data.channels = {shape.channels}, expected {_DIGIT + 1} or more, and "
+            f"found data.image_size = {shape.image_size}, data.channels = {shape.channels}, expected 8 or more, and "
             "1 or 3"
         )
     return Videos(num, _MovingDigits(shape, seed), shape, "moving_digits")
@@ -71,7 +71,7 @@ class _MovingDigits:
         # RandomState: numpy promises the same numbers in every version
         random = np.random.RandomState([self._seed, index])
         which, size = random.randint(len(self._digits)), self._shape.image_size
-        side = max(_DIGIT, size // 2)
+        side = min(max(_DIGIT, size // 2), size - size // 4)
         digit = pictures.resize(self._digits[which], side, side)
         angle, speed = random.uniform(0, 2 * np.pi), random.uniform(*_SPEEDS) * size
         start = random.uniform(0, size - side, 2)

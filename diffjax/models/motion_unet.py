@@ -203,14 +203,15 @@ class MotionUNet(nnx.Module):
     ) -> tuple[Array, Array]:
         """What a call returns, and the feature (B T, H', W', C) for `reuse` with the same anchor and condition."""
         after, told, up = _after(anchor), self._tell(x, noise_label, cond), self._up()
-        skips, middle = list(self._descend(x, told, run)), self.unet.mid_block
+        states, skips = zip(*self._descend(x, told, run), strict=True)
+        left, middle = list(skips), self.unet.mid_block
         mid_motion = None if self.motion.mid_block is None else self.motion.mid_block.motion_modules[0]
         attention = middle.attentions[0] if middle.attentions else None
-        x = self._layer(skips[-1], _Layer("mid_block", 0, middle.resnets[0], attention, mid_motion), told, run)
+        x = self._layer(states[-1], _Layer("mid_block", 0, middle.resnets[0], attention, mid_motion), told, run)
         x = self._layer(x, _Layer("mid_block", 1, middle.resnets[1], None, None), told, run)
-        x = self._ascend(x, up[: len(up) - after], skips, told, run)
+        x = self._ascend(x, up[: len(up) - after], left, told, run)
         feature = x
-        return self._out(self._ascend(x, up[len(up) - after :], skips, told, run), told, run), feature
+        return self._out(self._ascend(x, up[len(up) - after :], left, told, run), told, run), feature
 
     def reuse(
         self, feature: Array, x: Array, noise_label: Array, cond: Cond | None = None, anchor: str = "literal",
@@ -218,7 +219,7 @@ class MotionUNet(nnx.Module):
     ) -> Array:  # fmt: skip
         """What a call returns, of a feature that `keep` returned for another x and noise level."""
         after, told, up = _after(anchor), self._tell(x, noise_label, cond), self._up()
-        skips = list(itertools.islice(self._descend(x, told, run), after))
+        skips = [skip for _, skip in itertools.islice(self._descend(x, told, run), after)]
         return self._out(self._ascend(feature, up[len(up) - after :], skips, told, run), told, run)
 
     def _tell(self, x: Array, noise_label: Array, cond: Cond | None) -> _Told:
@@ -246,17 +247,18 @@ class MotionUNet(nnx.Module):
             resample = level.resample
         return layers
 
-    def _descend(self, x: Array, told: _Told, run: Runner) -> Iterator[Array]:
-        """What every step of the way down leaves for the way up, in turn; the last is the state after it."""
-        x = run("conv_in", FRAMES, {"conv_in": self.unet.conv_in}, frames_of(x))
-        yield x
+    def _descend(self, x: Array, told: _Told, run: Runner) -> Iterator[tuple[Array, Array]]:
+        """The state (B T, H, W, C) after every step of the way down, and what this leaves for the way up, in turn."""
+        x, skip = run.stow(run("conv_in", FRAMES, {"conv_in": self.unet.conv_in}, frames_of(x)))
+        yield x, skip
         for index, (level, motion) in enumerate(zip(self.unet.down_blocks, self.motion.down_blocks, strict=True)):
             for layer in _layers(f"down_blocks/{index}", level, motion):
-                x = self._layer(x, layer, told, run)
-                yield x
+                x, skip = run.stow(self._layer(x, layer, told, run))
+                yield x, skip
             if level.resample is not None:
-                x = run(f"down_blocks/{index}/resample", FRAMES, {"resample": level.resample}, x)
-                yield x
+                resample = {"resample": level.resample}
+                x, skip = run.stow(run(f"down_blocks/{index}/resample", FRAMES, resample, x))
+                yield x, skip
 
     def _ascend(self, x: Array, layers: Sequence[_Layer], skips: list[Array], told: _Told, run: Runner) -> Array:
         for layer in layers:

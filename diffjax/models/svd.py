@@ -142,9 +142,9 @@ class SVDUNet(nnx.Module):
         """
         stage = self._stage(anchor)
         given = self._given(x, noise_label, cond)
-        skips = list(self._down(x, cond, given, run))
+        states, skips = zip(*self._down(x, cond, given, run), strict=True)
         middle, inside = self.mid_block, run.within("mid_block")
-        state = middle.convolve(0, skips[-1], {}, (), given, inside)
+        state = middle.convolve(0, states[-1], {}, (), given, inside)
         state = middle.convolve(1, middle.attend(0, state, given, inside), {}, (), given, inside)
         feature = self._up(state, skips, given, run, range(stage))
         return self._out(self._up(feature, skips, given, run, range(stage, self._stages)), given, run), feature
@@ -157,26 +157,27 @@ class SVDUNet(nnx.Module):
         stages = range(self._stage(anchor), self._stages)
         given = self._given(x, noise_label, cond)
         joins = sum(stage % 2 == 0 for stage in stages)
-        skips = list(itertools.islice(self._down(x, cond, given, run), joins))
+        skips = [skip for _, skip in itertools.islice(self._down(x, cond, given, run), joins)]
         return self._out(self._up(feature, skips, given, run, stages), given, run)
 
-    def _down(self, x: Array, cond: Cond, given: Given, run: Runner) -> Iterator[Array]:
-        """What each step of the way down leaves for the way up, (B T, H, W, C), in turn."""
+    def _down(self, x: Array, cond: Cond, given: Given, run: Runner) -> Iterator[tuple[Array, Array]]:
+        """(B T, H, W, C) after each step of the way down, and what it leaves of it for the way up, in turn."""
         picture = cond["image_latents"].astype(x.dtype)
         operators = {
             "join": lambda x, video: jnp.concatenate([x, of_frames(picture, video)], axis=-1),
             "conv_in": lambda x, video: self.conv_in(x),
         }
-        x = run("conv_in", FRAMES, operators, frames_of(x), given.video_F)
-        yield x
+        x, skip = run.stow(run("conv_in", FRAMES, operators, frames_of(x), given.video_F))
+        yield x, skip
         for number, level in enumerate(self.down_blocks):
             inside = run.within(f"down_blocks/{number}")
             for index in range(len(level.resnets)):
                 x = level.attend(index, level.convolve(index, x, {}, (), given, inside), given, inside)
-                yield x
+                x, skip = run.stow(x)
+                yield x, skip
             if level.resample is not None:
-                x = inside("resample", FRAMES, {"resample": level.resample}, x)
-                yield x
+                x, skip = run.stow(inside("resample", FRAMES, {"resample": level.resample}, x))
+                yield x, skip
 
     def _up(self, x: Array, skips: Sequence[Array], given: Given, run: Runner, stages: range) -> Array:
         """x after these stages of the way up; the stages of layer i are its residual block, 2 i, and its attention."""

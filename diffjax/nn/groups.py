@@ -40,6 +40,10 @@ class Runner(Protocol):
     def moments(self, name: str, axis: Axis, norm: GroupNorm, x: Array) -> Moments | None:
         """Statistics of all of x for a norm that is applied to parts of it; None: the norm sees all of x."""
 
+    def stow(self, x: Array) -> tuple[Array, Array]:
+        """(x, kept): x (B T, H, W, C) as what follows reads it, and for a group that reads it much later, as one of its
+        `others`. Nothing else may be done with `kept`, which may lie in another memory."""
+
     def within(self, name: str) -> "Runner":
         """The same, with `name/` before the names of groups."""
 
@@ -54,6 +58,9 @@ class Plain:
 
     def moments(self, name: str, axis: Axis, norm: GroupNorm, x: Array) -> None:
         return None
+
+    def stow(self, x: Array) -> tuple[Array, Array]:
+        return x, x
 
     def within(self, name: str) -> "Plain":
         return self

@@ -7,7 +7,7 @@
     groups = groups_of(network, params, x, noise_label, cond)         # shapes will do, nothing is computed
     check(plan, groups)
 
-A plan as JSON: {"frames": 14, "rows": 9, "tokens": 1, "groups": {"up_blocks/3/*": 28}}.
+A plan as JSON: {"frames": 14, "rows": 9, "tokens": 1, "groups": {"up_blocks/3/*": 28}, "offload": ["skips"]}.
 """
 
 import dataclasses
@@ -24,21 +24,31 @@ from diffjax.core.types import Array
 from diffjax.nn.groups import PLAIN, Axis, Operator
 from diffjax.nn.norms import GroupNorm, Moments
 
+OFFLOADS = "skips", "weights"
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Numbers of slices: that of the first pattern in `groups` which a group's name matches (fnmatch: * is any text),
-    else that of its axis. 1 = whole; more than there are parts = one part a slice.
+    else that of its axis. 1 = whole; more than there are parts = one part a slice. offload: what waits in the host's
+    memory until its turn comes, some of OFFLOADS, see `offload`.
 
-    Raises ValueError for a number below 1.
+    Raises ValueError for a number below 1, and other things to offload.
     """
 
     frames: int = 1
     rows: int = 1
     tokens: int = 1
     groups: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    offload: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.offload, list | tuple):
+            raise ValueError(f"found offload={self.offload!r} in a plan, expected a list of some of {list(OFFLOADS)}")
+        for name in self.offload:
+            if name not in OFFLOADS:
+                raise ValueError(f"unknown {name!r} to offload; {names.nearest(name, OFFLOADS)}")
+        object.__setattr__(self, "offload", tuple(self.offload))
         numbers = {"frames": self.frames, "rows": self.rows, "tokens": self.tokens, **self.groups}
         for name, number in numbers.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -111,6 +121,9 @@ class _Recorder:
         sizes = total_bytes(x), total_bytes(out)
         self.found.append(Group(self.prefix + name, axis, x.shape, (), *sizes))
         return out
+
+    def stow(self, x: Array) -> tuple[Array, Array]:
+        return PLAIN.stow(x)
 
     def within(self, name: str) -> "_Recorder":
         return _Recorder(self.found, f"{self.prefix}{name}/")

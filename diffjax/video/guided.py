@@ -8,7 +8,6 @@ A network of video can be run whole, run whole with one of its features kept, or
 Both halves have one feature together: a kept one of the unconditional half never meets a new one of the other.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from flax import nnx
 from diffjax.core.types import Array, Cond, Key, Params
 from diffjax.nn.functional import functionalize
 from diffjax.nn.groups import Runner
+from diffjax.video import offload
 
 Feature = Any  # what a network keeps: arrays in a pytree
 
@@ -45,9 +45,12 @@ def functions(constructor: Callable[[nnx.Rngs], nnx.Module]) -> VideoNetwork:
 
 
 def run_by(network: VideoNetwork, run: Runner) -> VideoNetwork:
-    """The same with its groups of operators run by `run`, in slices or not."""
-    methods = (functools.partial(method, run=run) for method in (network.full, network.keep, network.reuse))
-    return VideoNetwork(*methods, network.halves)
+    """The same with its groups of operators run by `run`, in slices or not. Parameters may lie in the host's memory."""
+
+    def runs(method: Callable) -> Callable:
+        return lambda params, *args, **kwargs: method(offload.on_device(params), *args, run=run, **kwargs)
+
+    return VideoNetwork(runs(network.full), runs(network.keep), runs(network.reuse), network.halves)
 
 
 def guided(network: VideoNetwork, guidance_scale: Array | float, sequential: bool = False) -> VideoNetwork:

@@ -5,7 +5,8 @@
     decode    latents to frames
 
 Each is compiled apart, and asks for its weights when it begins: `weights` is a function of a part's name, and what it
-gives is let go behind the stage, so that no two networks are in memory together if it reads them from a file.
+gives is let go behind the stage, so that no two networks are in memory together if it reads them from a file. Those of
+the U-Net and the autoencoder may lie in the host's memory, see `offload`.
 
     clips = image_to_video(parts, weights, pictures, seen, plan, sample_ids=[0], num_frames=14)    # uint8 BTHWC
     clips = text_to_video(parts, weights, tokens, empty, plan, sample_ids=[0], num_frames=16, size=(64, 64))
@@ -30,7 +31,7 @@ from diffjax.core.types import Array, Cond, Params
 from diffjax.nn.groups import PLAIN, Runner
 from diffjax.sampling import generate
 from diffjax.sampling.sample import sample as follow_plan
-from diffjax.video import guided, rehash
+from diffjax.video import guided, offload, rehash
 from diffjax.video.guided import VideoNetwork
 
 Weights = Callable[[str], Params]  # by a part's name: "image_encoder", "text_encoder", "unet", "vae"
@@ -191,7 +192,7 @@ def _network(
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decode(decoder: Callable[..., Array], params: Params, z: Array, run: Runner = PLAIN) -> Array:
     """uint8 (B, T, H, 3 W) of latents: 3 channels as the last axis would be padded to 128 on a TPU."""
-    frames = generate.to_uint8(decoder(params, z, run=run))
+    frames = generate.to_uint8(decoder(offload.on_device(params), z, run=run))
     return frames.reshape(*frames.shape[:3], -1)
 
 
@@ -214,7 +215,7 @@ _encode = functools.partial(jax.jit, static_argnums=0)(lambda encode, params, to
 
 @functools.partial(jax.jit, static_argnums=0)
 def _latents(encode: Callable, params: Params, pictures: Array, noise: Array, augmentation: Array) -> Array:
-    return encode(params, pictures.astype(jnp.float32) / 127.5 - 1 + augmentation * noise)
+    return encode(offload.on_device(params), pictures.astype(jnp.float32) / 127.5 - 1 + augmentation * noise)
 
 
 def _checked(pictures: np.ndarray, count: int) -> np.ndarray:

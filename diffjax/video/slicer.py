@@ -13,6 +13,9 @@ a slice's own would be other numbers, and another picture. `runner(plan, compat=
 released code does: for comparison with it, never for pictures.
 
 A gradient keeps x for each group and computes the rest again, slice by slice.
+
+With a plan whose `offload` has "skips", these lie in the host's memory from where they are made to where they are read,
+and groups bring their slices of them, see `offload`.
 """
 
 import fnmatch
@@ -28,6 +31,7 @@ from diffjax.core.types import Array
 from diffjax.nn import norms, stack
 from diffjax.nn.groups import PLAIN, ROWS, Axis, Operator, Runner
 from diffjax.nn.norms import GroupNorm, Moments
+from diffjax.video import offload
 from diffjax.video.grouping import Plan
 
 _COLUMNS = Axis("rows", 3)  # of (B, T, H, W, C), where the released code cuts what ROWS cuts, by a plan's count of rows
@@ -40,9 +44,12 @@ _OFFICIAL_ALONE = "*/resample", "*/proj_in", "*/proj_out"
 
 
 class Sliced:
-    """Each group on slices of its axis, as many as the plan says: a Runner with the results of PLAIN."""
+    """Each group on slices of its axis, as many as the plan says: a Runner with the results of PLAIN. Raises ValueError
+    for a plan that offloads where the backend cannot."""
 
     def __init__(self, plan: Plan, prefix: str = ""):
+        if plan.offload and not prefix:
+            offload.check(plan.offload)
         self.plan, self.prefix = plan, prefix
 
     def __call__(self, name: str, axis: Axis, operators: Mapping[str, Operator], x: Array, *others: Array) -> Array:
@@ -54,6 +61,9 @@ class Sliced:
     def moments(self, name: str, axis: Axis, norm: GroupNorm, x: Array) -> Moments:
         size = self.plan.size(self.prefix + name, axis, x.shape[axis.index])
         return _merged_moments(norm, axis.index, size, x)
+
+    def stow(self, x: Array) -> tuple[Array, Array]:
+        return _stow(self.plan, x)
 
     def within(self, name: str) -> "Sliced":
         return Sliced(self.plan, f"{self.prefix}{name}/")
@@ -72,6 +82,9 @@ class Alone:
 
     def moments(self, name: str, axis: Axis, norm: GroupNorm, x: Array) -> Moments | None:
         return self.run.moments(name, axis, norm, x)
+
+    def stow(self, x: Array) -> tuple[Array, Array]:
+        return self.run.stow(x)
 
     def within(self, name: str) -> "Alone":
         return Alone(self.run.within(name))
@@ -98,6 +111,9 @@ class Official:
 
     def moments(self, name: str, axis: Axis, norm: GroupNorm, x: Array) -> None:
         return None
+
+    def stow(self, x: Array) -> tuple[Array, Array]:
+        return _stow(self.plan, x)
 
     def within(self, name: str) -> "Official":
         return Official(self.plan, f"{self.prefix}{name}/")
@@ -133,14 +149,14 @@ def _in_slices(
     """function(x, *others) by slices of `size` parts of the axis."""
     length = x.shape[axis]
     if size >= length:
-        return stack.remat(function, "nothing")(x, *others)
-    whole = jax.eval_shape(function, x, *others)
+        return stack.remat(function, "nothing")(*offload.on_device((x, *others)))
+    whole = jax.eval_shape(lambda *arrays: function(*offload.on_device(arrays)), x, *others)
     if whole.ndim <= axis or whole.shape[axis] != length:
         raise ValueError(f"group {name}: found a result of shape {whole.shape} for {length} parts along axis {axis}")
     in_place = (whole.shape, whole.dtype) == (x.shape, x.dtype)
 
     def cut(array: Array, start: Array | int, size: int) -> Array:
-        return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+        return offload.on_device(jax.lax.dynamic_slice_in_dim(array, start, size, axis))
 
     def replace(out: Array, start: Array | int, size: int) -> Array:
         # what does not change from slice to slice is cut inside, so that a gradient keeps the whole and no copy of it
@@ -156,6 +172,10 @@ def _in_slices(
     out = jax.lax.fori_loop(0, length // size, lambda index, out: replace(out, index * size, size), out)
     rest = length % size
     return replace(out, length - rest, rest) if rest else out
+
+
+def _stow(plan: Plan, x: Array) -> tuple[Array, Array]:
+    return offload.stow(x) if "skips" in plan.offload else PLAIN.stow(x)
 
 
 def _merged_moments(norm: GroupNorm, axis: int, size: int, x: Array) -> Moments:

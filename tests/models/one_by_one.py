@@ -28,6 +28,9 @@ class OneByOne:
             first = merge(first, part)
         return first
 
+    def stow(self, x):
+        return x, x
+
     def within(self, name):
         return OneByOne(self.parts, f"{self.prefix}{name}/", self.seen)
 
@@ -57,11 +60,13 @@ def draw(module, golden_weights):
     return weights
 
 
-def epsilons(constructor, table):
-    """Of our normalisations, by their names in `table`: drawn activations are too large for them to show."""
+def epsilons(constructor, table, part=""):
+    """Of our normalisations, or of those of a part, by their names in `table`: drawn activations are too large for them
+    to show. Stacked blocks are one each."""
     module = nnx.eval_shape(lambda: constructor(ParamKeys(jax.random.key(0))))
-    norms = {path: part for path, part in nnx.iter_modules(module) if isinstance(part, (GroupNorm, LayerNorm))}
-    names = {path: table.theirs("/".join(map(str, (*path, "scale"))))[0] for path in norms}
+    module = getattr(module, part) if part else module
+    norms = {path: norm for path, norm in nnx.iter_modules(module) if isinstance(norm, (GroupNorm, LayerNorm))}
+    names = {path: table.theirs("/".join(map(str, (*path, "scale"))))[0].replace("{}", "0") for path in norms}
     return {names[path].removesuffix(".weight"): norm.eps for path, norm in norms.items()}
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from one_by_one import OneByOne, distance, from_torch, to_torch
+from one_by_one import OneByOne, distance, epsilons, from_torch, their_epsilons, to_torch
 from test_unet import torch_weights
 
 from diffjax.core import trees
@@ -101,6 +101,14 @@ def test_equals_diffusers(classes, options, config, cases):
         # float32 sums of up to a thousand products in another order, measured at a tenth of this
         assert distance(out, found) < 2e-5
         assert distance(feature, from_torch(features[-1])) < 2e-5
+
+
+def test_normalises_with_the_epsilons_of_diffusers(classes):
+    theirs = classes[0](**CONFIG)
+    modules = motion.split(load.Weights(torch_weights(theirs), "theirs"))[1]
+    parts = {"unet": TABLE, "motion": motion.keymap_of(modules)}
+    found = [epsilons(lambda rngs: MotionUNet(**TINY, rngs=rngs), table, part) for part, table in parts.items()]
+    assert found[0] | found[1] == their_epsilons(theirs)
 
 
 @pytest.mark.fast

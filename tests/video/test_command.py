@@ -38,6 +38,7 @@ def test_clips_of_a_picture(folder, image, tmp_path, capsys):
     plan = grouping.Plan(groups={"conv_out": 3})
     (tmp_path / "plan.json").write_text(plan.dumps())
     more = [f"--slices={tmp_path / 'plan.json'}", "--find_rehash=2", "--rehash_mode=output", "--sequential_guidance"]
+    more.append("--offload=skips,weights")  # the same bits
     assert call(*image, *more, "--seeds=4", "--guidance=1-2.5", "--motion_bucket=90", f"--out={tmp_path / 'clips'}") == 0
     out = capsys.readouterr().out
     assert "3 frames, 8x12; 3 steps, 2 of them full" in out
@@ -56,6 +57,15 @@ def test_clips_of_a_picture(folder, image, tmp_path, capsys):
     assert json.loads((tmp_path / "clips" / "video.json").read_text()).keys() == {"argv"}
     assert call(*image, f"--out={tmp_path / 'clips'}", "--seeds=4") == flags.USAGE_ERROR
     assert "are not overwritten" in capsys.readouterr().err
+
+
+def test_half_precision_gives_nearly_the_same(folder, image, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        argv = [f"--compute_dtype={dtype}", "--guidance=1", "--frames=2", f"--out={tmp_path / dtype}"]
+        assert call(*image, *argv) == 0
+    whole, half = (videos.read(tmp_path / dtype / "clip_0.gif").astype(float) for dtype in ("float32", "bfloat16"))
+    # 3 digits of each product; another clip is tens of levels away
+    assert 0 < np.abs(half - whole).mean() < 6
 
 
 def test_a_budget_makes_a_plan(image, tmp_path, capsys):

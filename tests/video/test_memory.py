@@ -11,8 +11,8 @@ import pytest
 from diffjax.models.svd import SVDUNet
 from diffjax.models.vae_video import AutoencoderKLTemporalDecoder
 from diffjax.nn.functional import abstract, functionalize
-from diffjax.nn.groups import FRAMES, PLAIN, ROWS
-from diffjax.video import memory, slicer
+from diffjax.nn.groups import FRAMES, PLAIN
+from diffjax.video import memory, slicer, steps
 from diffjax.video.grouping import Plan
 
 SIZES = 8, 64, 64  # frames, height, width of the small network
@@ -21,7 +21,7 @@ Shape = jax.ShapeDtypeStruct
 
 @functools.cache
 def traced():
-    return memory.trace(blocks.network, *blocks.shapes(*SIZES))
+    return steps.trace(blocks.network, *blocks.shapes(*SIZES))
 
 
 def test_a_prediction_by_hand():
@@ -32,11 +32,11 @@ def test_a_prediction_by_hand():
         wide = lambda x: (jnp.repeat(x, 4, axis=-1).reshape(-1, 32) @ jnp.ones((32, 8))).reshape(x.shape)  # noqa: E731
         return run("wide", FRAMES, {"wide": wide}, x) + x
 
-    found = memory.peak(memory.trace(network, x), Plan())
+    found = memory.peak(steps.trace(network, x), Plan())
     assert found.groups == ("wide",)
     # the argument, x four times over, and the product
     assert found.bytes == pytest.approx(size + 4 * size + size, rel=0.01)
-    sliced = memory.peak(memory.trace(network, x), Plan(frames=6)).bytes
+    sliced = memory.peak(steps.trace(network, x), Plan(frames=6)).bytes
     # the argument, all products, and for a sixth of the frames x, x four times over and the product
     assert sliced == pytest.approx(size + size + (1 + 4 + 1) / 6 * size, rel=0.01)
 
@@ -61,7 +61,7 @@ def test_a_budget_is_kept_with_divisors_or_refused_with_the_floor():
 
 
 def test_a_prime_number_of_parts_is_cut_with_a_rest_or_to_the_last():
-    primes = memory.trace(blocks.network, *blocks.shapes(7, 31, 256))
+    primes = steps.trace(blocks.network, *blocks.shapes(7, 31, 256))
     finest = memory.peak(primes, Plan(7, 31, 31)).bytes
     plan = memory.fit(primes, 1.001 * finest)
     assert {plan.groups[name] for name in ("down/0/spatial", "up")} == {7}

@@ -1,5 +1,6 @@
 """Image to video and text to video against the pipelines of diffusers, whole, on tiny networks with drawn weights."""
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -109,25 +110,14 @@ def test_image_to_video(svd, latents, monkeypatch):
     check(found, latents[0], np.moveaxis(expected.numpy(), 2, -1), decoded)
 
 
-@pytest.mark.parametrize("way", ["pipeline", "adapter"])
-def test_text_to_video(animatediff, latents, way, tmp_path):
+def test_text_to_video(animatediff, latents):
     import torch
 
     pipeline, folder = animatediff
-    if way == "pipeline":
-        video = videos.load_video(folder)
-    else:  # Stable Diffusion and a motion adapter, with the sampler of the authors' scripts, which this one has
-        package = tiny_folders.diffusers()
-        image = package.StableDiffusionPipeline(
-            vae=pipeline.vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, safety_checker=None,
-            unet=tiny_folders.unet(package), scheduler=package.PNDMScheduler(), feature_extractor=None,
-            requires_safety_checker=False,
-        )  # fmt: skip
-        image.save_pretrained(tmp_path / "image")
-        video = videos.load_video(tmp_path / "image", motion=folder / "motion_adapter")
     found = videos.from_text(
-        video, PROMPT, SEEDS, size=SIZE, negative_prompt=NEGATIVE, num_frames=FRAMES, num_steps=STEPS, guidance_scale=4.0
-    )
+        videos.load_video(folder), PROMPT, SEEDS, size=SIZE, negative_prompt=NEGATIVE, num_frames=FRAMES,
+        num_steps=STEPS, guidance_scale=4.0,
+    )  # fmt: skip
     expected = pipeline(
         [PROMPT] * 2, negative_prompt=[NEGATIVE] * 2, num_frames=FRAMES, height=SIZE[0], width=SIZE[1],
         num_inference_steps=STEPS, guidance_scale=4.0, latents=noise(1), output_type="latent",
@@ -135,6 +125,29 @@ def test_text_to_video(animatediff, latents, way, tmp_path):
     with torch.no_grad():
         decoded = np.moveaxis(pipeline.decode_latents(expected).numpy(), 1, -1)
     check(found, latents[0], np.moveaxis(expected.numpy(), 1, -1), decoded)
+
+
+def test_stable_diffusion_with_an_adapter(animatediff, tmp_path):
+    """The same weights, steps and words as of the pipeline in one folder: the authors' sampler is the one that it has."""
+    pipeline, folder = animatediff
+    package = tiny_folders.diffusers()
+    image = package.StableDiffusionPipeline(
+        vae=pipeline.vae, text_encoder=pipeline.text_encoder, tokenizer=pipeline.tokenizer, safety_checker=None,
+        unet=tiny_folders.unet(package), scheduler=package.PNDMScheduler(), feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    image.save_pretrained(tmp_path / "image")
+    found = videos.load_video(tmp_path / "image", motion=folder / "motion_adapter")
+    expected = videos.load_video(folder)
+    for part in ("text_encoder", "unet", "vae"):
+        jax.tree.map(np.testing.assert_array_equal, found.weights(part), expected.weights(part))
+    jax.tree.map(np.testing.assert_array_equal, found.plan(STEPS), expected.plan(STEPS))
+    tables = (video.parts.precondition.keywords["schedule"] for video in (found, expected))
+    jax.tree.map(np.testing.assert_array_equal, *map(dataclasses.asdict, tables))
+    words, others = (video.tokenise([PROMPT, NEGATIVE]) for video in (found, expected))
+    jax.tree.map(np.testing.assert_array_equal, words, others)
+    same = ("num_frames", "max_frames", "factor", "channels", "context")
+    assert [getattr(found, name) for name in same] == [getattr(expected, name) for name in same]
 
 
 # Ways to the same ------------------------------------------------------------------------------------------------

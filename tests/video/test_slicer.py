@@ -12,7 +12,7 @@ from diffjax.models.motion_unet import MotionUNet
 from diffjax.models.svd import SVDUNet
 from diffjax.models.vae_video import AutoencoderKLTemporalDecoder
 from diffjax.nn.functional import functionalize
-from diffjax.nn.groups import FRAMES, PLAIN, ROWS
+from diffjax.nn.groups import FRAMES, PLAIN, ROWS, TOKENS
 from diffjax.nn.norms import GroupNorm
 from diffjax.video import slicer
 from diffjax.video.grouping import Plan
@@ -40,15 +40,27 @@ def results(network, run, *arrays):
     return out, gradients
 
 
+SIZE = FRAMES_OF, HEIGHT, WIDTH = 5, 5, 3
+
+
 @functools.cache
 def whole():
-    return results(blocks.network, PLAIN, *blocks.arrays())
+    return results(blocks.network, PLAIN, *blocks.arrays(*SIZE))
+
+
+@functools.cache
+def sliced(*sizes):
+    """With slices of so many frames, rows and tokens: counts that give the same ones share a program."""
+    counts = (-(-length // size) for length, size in zip((FRAMES_OF, HEIGHT, HEIGHT * WIDTH), sizes, strict=True))
+    return results(blocks.network, slicer.Sliced(Plan(*counts)), *blocks.arrays(*SIZE))
 
 
 @pytest.mark.parametrize("count", [1, 2, pytest.param(3, marks=pytest.mark.fast), 4, 5, 7, LENGTH])
 def test_slices_have_the_values_and_gradients_of_the_whole(count):
-    # 7 frames, 10 rows, 60 tokens: 2 to 7 leave a rest behind full slices on one axis or another
-    out, gradients = results(blocks.network, slicer.Sliced(Plan(count, count, count)), *blocks.arrays())
+    # 5 frames, 5 rows, 15 tokens: 2 to 4 leave a rest behind full slices on one axis or another
+    plan = Plan(count, count, count)
+    lengths = ((FRAMES, FRAMES_OF), (ROWS, HEIGHT), (TOKENS, HEIGHT * WIDTH))
+    out, gradients = sliced(*(plan.size("", axis, length) for axis, length in lengths))
     assert distance(out, whole()[0]) < TOLERANCE
     assert distance(gradients, whole()[1]) < TOLERANCE
 
@@ -56,7 +68,7 @@ def test_slices_have_the_values_and_gradients_of_the_whole(count):
 @pytest.mark.parametrize(("compat", "same"), [("alone", True), ("official", False)])
 def test_ways_of_comparison(compat, same):
     run = slicer.runner(Plan(6, 6, 6), compat)
-    error = distance(jax.jit(functools.partial(blocks.network, run=run))(*blocks.arrays()), whole()[0])
+    error = distance(jax.jit(functools.partial(blocks.network, run=run))(*blocks.arrays(*SIZE)), whole()[0])
     assert error < TOLERANCE if same else error > 1e-2, error
 
 
@@ -73,8 +85,8 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_networks_of_video_in_slices(name):
+def made(name):
+    """(network, parameters, x, what else it is given)."""
     make, method, rest = MODELS[name]
     network, init = functionalize(lambda rngs: make(rngs=rngs), method)
     random = np.random.default_rng(0)
@@ -83,9 +95,21 @@ def test_networks_of_video_in_slices(name):
         return jnp.asarray(random.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])), jnp.float32)
 
     params = jax.tree.map(draw, jax.eval_shape(init, jax.random.key(0)))
-    x = jnp.asarray(random.standard_normal(LATENTS), jnp.float32)
+    return network, params, jnp.asarray(random.standard_normal(LATENTS), jnp.float32), *rest
+
+
+def test_values_and_gradients_of_svd_in_slices():
+    network, *arrays = made("svd")
+    whole, sliced = (results(network, run, *arrays) for run in (PLAIN, slicer.Sliced(Plan(3, 4, 4))))
+    assert distance(sliced[0], whole[0]) < TOLERANCE
+    assert distance(sliced[1], whole[1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["motion", "decoder"])
+def test_networks_of_video_in_slices(name):
+    network, *arrays = made(name)
     runs = PLAIN, slicer.Sliced(Plan(3, 4, 4)), slicer.runner(Plan(3, 12), "official")
-    whole, sliced, official = jax.jit(lambda *arrays: [network(*arrays, run=run) for run in runs])(params, x, *rest)
+    whole, sliced, official = jax.jit(lambda *arrays: [network(*arrays, run=run) for run in runs])(*arrays)
     assert distance(sliced, whole) < TOLERANCE
     # statistics of a slice are not those of the whole
     assert distance(official, whole) > 1e-2
