@@ -38,4 +38,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample = ConfigDict(
         {"solver": "heun", "num_steps": 18, "grid": "polynomial", "sigma_min": 0.002, "sigma_max": 80.0, "to_zero": True}
     )
+    # in the log along the training; off with every_steps = 0
+    config.evaluate = ConfigDict({"every_steps": 0, "metric": "frechet", "features": "pixels", "num_samples": 2000})
     return config

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import emd_parts, networks, parts, runs, transfer
+from diffjax.build import classifiers, emd_parts, networks, parts, runs, transfer
 from diffjax.core import names, rng
 from diffjax.core.types import Denoiser, Params
 from diffjax.data import loader, trajectories
@@ -231,4 +231,5 @@ def _amed(config: ConfigDict) -> parts.Parts:
 
 METHODS: dict[str, Callable[[ConfigDict], parts.Parts]] = {
     "edm": _edm, "consistency": _consistency, "sfd": _sfd, "pd": _pd, "amed": _amed, "emd": emd_parts.emd_parts,
+    "classify": classifiers.classify_parts,
 }  # fmt: skip

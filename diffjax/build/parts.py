@@ -1,7 +1,7 @@
 """What building a method takes whatever the method: the teacher, the student, data, optimiser, and what comes out."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,23 +18,25 @@ from diffjax.metrics import lpips
 from diffjax.runtime import mesh
 from diffjax.sampling.sample import sample as follow_plan
 from diffjax.train import optim
+from diffjax.train.hooks import Hook
 from diffjax.weights import torch_file
 
 
 class Parts(NamedTuple):
-    """What a method contributes to an experiment. `plan` None: it draws no sample grids. warning: see
-    `loop.Experiment`."""
+    """What a method contributes to an experiment. `plan` None: it draws no sample grids; `denoise` None: no samples at all.
+    warning, hooks: see `loop.Experiment`."""
 
     method: Method
     init_params: Callable[[], Params]
     frozen: Any
     batches: Callable[[], loader.Batches]
-    denoise: Denoiser
+    denoise: Denoiser | None
     data: sources.DataShape
     plan: Any
     sampler: Callable = follow_plan
     with_frozen: Callable[[Params], Params] = lambda params: params  # the trained parameters -> those of the sampler
     warning: Callable[[], str] = lambda: ""
+    hooks: Sequence[Hook] = ()
 
 
 def batches(config: ConfigDict) -> Callable[[], loader.Batches]:

@@ -47,11 +47,17 @@ class Run(NamedTuple):
 def load_run(workdir: str | Path, step: int | None = None) -> Run:
     """The newest checkpoint of a run folder, or that of `step`; the average of the weights where there is one.
 
-    Raises checkpoint.CheckpointError where there is none, ValueError where its weights do not fit its config.
+    Raises checkpoint.CheckpointError where there is none, ValueError where its weights do not fit its config, and for a
+    classifier.
     """
     params, saved, at = checkpoint.load_params(workdir, ema=None, step=step)
     config = resolve(ConfigDict(saved))
     shape = networks.data_shape(config.data)
+    if config.method.get("name") == "classify":
+        raise ValueError(
+            f"{workdir} holds a classifier, which draws no samples: give it as the weights of the feature space "
+            "'classifier'"
+        )
     null_class = config.method.get("label_dropout", 0) > 0 or config.data.get("null_class", False)
     what = f"the checkpoint in {workdir}"
     if config.method.get("name") == "amed":

@@ -20,13 +20,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax import build
+from diffjax.build import image_sets
 from diffjax.cli import comparison_report
 from diffjax.core import solvers
-from diffjax.metrics import fid
+from diffjax.metrics import pixels
+from diffjax.metrics.protocol import Result
 from diffjax.runtime import report
 from diffjax.sampling import generate
 
 Rows = list[dict]
+HALVES = "distance between two halves of the data"
 
 
 class Entry(NamedTuple):
@@ -90,22 +93,24 @@ def entries(config: ConfigDict) -> list[Entry]:
 
 def measure(
     config: ConfigDict, progress: Callable[[str], None] = lambda text: None
-) -> tuple[Rows, dict, np.ndarray]:
-    """Rows of the table `frechet_by_calls`, the first images of each (method, nfe) for the grids, and the data."""
+) -> tuple[Rows, dict, list[Result]]:
+    """Rows of the table `frechet_by_calls`, the first images of each (method, nfe) for the grids, and their distances
+    with the protocol, the last one between two halves of the data."""
     teacher = build.load_run(folder_of(config, config.teacher, 0))
     free = list(solver_entries(config, teacher))
     data = build.all_images(teacher.config.data)
-    reference = fid.pixel_statistics(data)
-    rows, pictures = [], {}
+    real = pixels.reference(data, image_sets.data_name(teacher.config.data))
+    rows, pictures, results = [], {}, []
     for seed in config.seeds:
         for entry in (*free, *student_entries(config, teacher, seed)):
             for nfe, plan in entry.plans.items():
                 progress(f"seed {seed}: {entry.method}, {nfe} calls")
                 samples = build.draw(entry.run, plan, seed, range(config.num_samples), batch_size=config.batch_size)
-                distance = fid.frechet_distance(*fid.pixel_statistics(samples), *reference)
+                results.append(pixels.frechet(samples, real))
+                distance = results[-1].value
                 rows.append({"method": entry.method, "nfe": nfe, "seed": seed, "frechet_distance": distance})
                 pictures.setdefault((entry.method, nfe), np.asarray(generate.to_uint8(samples[: config.grid_columns])))
-    return rows, pictures, data
+    return rows, pictures, [*results, halves(data, image_sets.data_name(teacher.config.data))]
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -151,18 +156,18 @@ def means(rows: Rows) -> Rows:
     return out
 
 
-def noise(rows: Rows, data: np.ndarray, free: Iterable[str]) -> Rows:
-    """What the figures can resolve: spread over seeds, and two halves of the data apart."""
+def halves(data: np.ndarray, source: str) -> Result:
+    """The distance between two halves of `data` (N, H, W, C), by chance."""
+    order = np.random.default_rng(0).permutation(len(data))
+    first, second = data[order[: len(data) // 2]], data[order[len(data) // 2 :]]
+    return pixels.frechet(first, pixels.reference(second, f"half of {source}"))
+
+
+def noise(rows: Rows, apart: Result, free: Iterable[str]) -> Rows:
+    """What the figures can resolve: spread over seeds, and `halves` of the data apart."""
     points = dict.fromkeys((row["method"], row["nfe"]) for row in rows)
     spread = {point: np.std(found, ddof=1) for point in points if len(found := _values(rows, *point)) > 1}
-    order = np.random.default_rng(0).permutation(len(data))
-    halves = (data[order[: len(data) // 2]], data[order[len(data) // 2 :]])
-    out = [
-        {
-            "what": "distance between two halves of the data",
-            "value": fid.frechet_distance(*fid.pixel_statistics(halves[0]), *fid.pixel_statistics(halves[1])),
-        }
-    ]
+    out = [{"what": HALVES, "value": apart.value}]
     if spread:
         free = set(free)
         ours = [value for (method, _), value in spread.items() if method.removesuffix("_afs") not in free]
@@ -228,7 +233,7 @@ def compare(
     """Measure, draw, and write `report.md` and `report.json` into `workdir`; returns the report's path."""
     start = time.perf_counter()
     costs = cost(config)  # first: it knows at once which runs are not finished
-    rows, pictures, data = measure(config, progress)
+    rows, pictures, (*results, apart) = measure(config, progress)
     free = tuple(config.solvers)
     gaps = gap_closed(rows, free)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -237,9 +242,10 @@ def compare(
     tables = {
         "means": means(rows),
         "gap_closed": gaps,
-        "noise": noise(rows, data, free),
+        "noise": noise(rows, apart, free),
         "cost": costs,
         "evaluation": [{"seconds": time.perf_counter() - start, "samples_per_row": config.num_samples}],
+        "protocols": pixels.protocols({"frechet_distance": results, HALVES: [apart]}),
         "frechet_by_calls": rows,
     }
     commands = [read_report(Path(row["run"]))["environment"]["command"] for row in costs]

@@ -122,6 +122,7 @@ def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
             "<!-- table: gap_closed -->",
         ),
         ("Noise of these figures", "<!-- table: noise -->"),
+        ("Protocol", "What the values were measured by.\n\n<!-- table: protocols -->"),
         ("Training cost", "Images are trajectories for students that learn from noise.\n\n<!-- table: cost -->"),
         ("Reproduce", "```bash\n" + "\n".join(commands) + "\n```"),
     ]

@@ -31,7 +31,9 @@ from diffjax import build
 from diffjax.cli import comparison, comparison_report, immiscible
 from diffjax.core.types import Denoiser
 from diffjax.data import digits, texts, transforms
-from diffjax.metrics import fid
+from diffjax.metrics import fid, pixels
+from diffjax.metrics.protocol import Result
+from diffjax.metrics.references import Reference
 from diffjax.runtime import checkpoint, images, report
 from diffjax.sampling import generate
 
@@ -68,20 +70,21 @@ def entries(config: ConfigDict) -> list[comparison.Entry]:
 
 class Measures(NamedTuple):
     """rows: of table `effects`. curves: {variant, seed, step, frechet_distance} after the change of resolution. shown:
-    images (n, H, W, C) of the first seed by their name."""
+    images (n, H, W, C) of the first seed by their name. distances: of each effect, with their protocol."""
 
     rows: Rows
     curves: Rows
     shown: dict[str, np.ndarray]
+    distances: dict[str, list[Result]]
 
 
 def measure(config: ConfigDict, progress: Callable[[str], None]) -> Measures:
     """All that the report says."""
     measures = {"size": _size, "text": _text, "bf16": _bf16}
-    found = Measures([], [], {})
+    found = Measures([], [], {}, {})
     for effect, seed in itertools.product(config.effects, config.seeds):
         if effect == "switch":  # whose variants are measured against each other
-            curves = _curves(config, seed, progress)
+            curves = _curves(config, seed, progress, found.distances.setdefault(effect, []))
             found.curves.extend(curves)
             found.rows.extend(_switch(curves))
             continue
@@ -89,6 +92,9 @@ def measure(config: ConfigDict, progress: Callable[[str], None]) -> Measures:
             progress(f"seed {seed}: {effect}, {variant}")
             own = {"effect": effect, "variant": variant, "seed": seed}
             for metric, value, samples in measures[effect](config, _folder(config, effect, variant, seed), seed):
+                if isinstance(value, Result):
+                    found.distances.setdefault(effect, []).append(value)
+                    value = value.value
                 found.rows.append({**own, "metric": metric, "value": value})
                 if seed == config.seeds[0]:
                     named = {f"{effect}, {variant}{told}": images for told, images in samples.items()}
@@ -97,7 +103,7 @@ def measure(config: ConfigDict, progress: Callable[[str], None]) -> Measures:
 
 
 # metric, value, images to show by what the network was told
-Measured = Iterator[tuple[str, float | None, dict[str, np.ndarray]]]
+Measured = Iterator[tuple[str, Result | float | None, dict[str, np.ndarray]]]
 
 
 def _size(config: ConfigDict, folder: Path, seed: int) -> Measured:
@@ -131,16 +137,16 @@ def _text(config: ConfigDict, folder: Path, seed: int) -> Measured:
     yield "right_digit", float(np.mean(judge.predict(fid.pixels(samples)) == labels)), {}
 
 
-def _curves(config: ConfigDict, seed: int, progress: Callable[[str], None]) -> Rows:
-    """The distance at each kept step of each variant."""
+def _curves(config: ConfigDict, seed: int, progress: Callable[[str], None], distances: list[Result]) -> Rows:
+    """The distance at each kept step of each variant; they are appended to `distances` too."""
     found = []
     for variant in config.effects.switch:
         progress(f"seed {seed}: switch, {variant}")
         folder = _folder(config, "switch", variant, seed)
         for step in checkpoint.steps(folder):
             run = _load(folder, step)
-            distance = _distance(run, _draw(config, run, seed, config.num_samples_along, {}))
-            found.append({"variant": variant, "seed": seed, "step": step, "frechet_distance": distance})
+            distances.append(_distance(run, _draw(config, run, seed, config.num_samples_along, {})))
+            found.append({"variant": variant, "seed": seed, "step": step, "frechet_distance": distances[-1].value})
     return found
 
 
@@ -174,8 +180,13 @@ def _draw(config: ConfigDict, run: build.Run, seed: int, count: int, metadata: d
     return build.draw(run, plan, seed, range(count), batch_size=size, metadata=metadata, **options)
 
 
-def _distance(run: build.Run, samples: np.ndarray) -> float:
-    return fid.frechet_distance(*fid.pixel_statistics(samples), *fid.pixel_statistics(_labelled(run)[0]))
+def _distance(run: build.Run, samples: np.ndarray) -> Result:
+    return pixels.frechet(samples, _reference(run.config.data.image_size, run.config.data.views))
+
+
+@functools.cache
+def _reference(size: int, views: int) -> Reference:
+    return pixels.reference(_images(size, views)[0], f"digits {size}x{size}, views={views}")
 
 
 def _labelled(run: build.Run) -> tuple[np.ndarray, np.ndarray]:
@@ -243,12 +254,13 @@ def compare(
 ) -> Path:
     """Measure, draw, and write `report.md` and `report.json` into `workdir`; returns the report's path."""
     start = time.perf_counter()
-    rows, curves, shown = measure(config, progress)
+    rows, curves, shown, distances = measure(config, progress)
     workdir.mkdir(parents=True, exist_ok=True)
     pictures = {name: np.asarray(generate.to_uint8(samples)) for name, samples in shown.items()}
     images.save_png(workdir / "samples.png", images.labelled_rows(pictures, scale=6))
     draw_curves(curves, workdir / "switch.png")
     tables = {"claims": claims(rows), "means": means(rows), "effects": rows, "curves": curves}
+    tables["protocols"] = pixels.protocols({f"{effect}, frechet_distance": own for effect, own in distances.items()})
     tables["evaluation"] = [{"seconds": time.perf_counter() - start}]
     return report.write_report(workdir, "Conditioning in small", sections(config, command), tables)
 
@@ -287,5 +299,6 @@ def sections(config: ConfigDict, command: str) -> list[tuple[str, str]]:
         ("Effects", f"{text}\n\n<!-- table: means -->"),
         ("After a change of resolution", "Thin: each seed. Bold: their mean.\n\n![switch](switch.png)"),
         ("Samples", "Each column has the same noise.\n\n![samples](samples.png)"),
+        ("Protocol", "What the distances were measured by.\n\n<!-- table: protocols -->"),
         ("Reproduce", f"```bash\nbash launch/conditioning_digits.sh   # which ends with\n{command}\n```"),
     ]

@@ -1,10 +1,11 @@
 """Compare runs, as config.report says: "calls" (also where it is absent), a teacher, training-free solvers and students by
 Frechet distance against network calls; "one_call", one-step generators; "immiscible", assigned noise along the training;
 "conditioning", what networks are told, padding of texts and a change of resolution; "video", clips in slices and with reused
-steps.
+steps; "metrics", FID and its kin of runs and of folders of images or videos.
 
     python -m diffjax.cli.evaluate --config=configs/quick/compare_digits.py --workdir=runs/quickstart
     python -m diffjax.cli.evaluate --config=configs/quick/compare_emd.py --workdir=runs/emd_digits
+    python -m diffjax.cli.evaluate --config=configs/quick/evaluate_digits.py --workdir=runs/digits_metrics
 
 Needs finished runs, named in the config. Writes report.md, report.json and pictures into the folder.
 """
@@ -27,12 +28,12 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
 
 def main(values: absl_flags.FlagValues) -> None:
     """Write the comparison, or list its rows with --dry_run."""
-    from diffjax.cli import comparison, conditioning, immiscible, one_call, video_demo
+    from diffjax.cli import comparison, conditioning, immiscible, metrics, one_call, video_demo
     from diffjax.core import names
 
     config = flags.needed(values, "config", "configs/quick/compare_digits.py")
     kinds = {"calls": comparison, "one_call": one_call, "immiscible": immiscible, "conditioning": conditioning}
-    kinds["video"] = video_demo
+    kinds |= {"video": video_demo, "metrics": metrics}
     kind = names.lookup(kinds, config.get("report", "calls"), "report")
     workdir = flags.workdir(values)
     if values.dry_run:

@@ -23,10 +23,12 @@ from ml_collections import ConfigDict
 
 from diffjax import build
 from diffjax.assign import fields
-from diffjax.build import assign_tables, gaussians
+from diffjax.build import assign_tables, gaussians, image_sets
 from diffjax.cli import comparison, comparison_report
 from diffjax.data import transforms
-from diffjax.metrics import fid
+from diffjax.metrics import pixels
+from diffjax.metrics.protocol import Result
+from diffjax.metrics.references import Reference
 from diffjax.runtime import checkpoint, report
 
 Rows = list[dict]
@@ -46,9 +48,9 @@ def entries(config: ConfigDict) -> list[comparison.Entry]:
     return found
 
 
-def measure(config: ConfigDict, progress: Callable[[str], None]) -> Rows:
-    """Rows {objective, assign, seed, step, frechet_distance}."""
-    rows, reference, denoisers = [], None, {}
+def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, list[Result]]:
+    """Rows {objective, assign, seed, step, frechet_distance}, and their distances with the protocol."""
+    rows, results, real, denoisers = [], [], None, {}
     for seed in config.seeds:
         for training, section in config.trainings.items():
             for assign in section.assigns:
@@ -58,20 +60,20 @@ def measure(config: ConfigDict, progress: Callable[[str], None]) -> Rows:
                     run = build.load_run(folder, step)
                     # one denoiser for all of a training, so that sampling compiles once
                     run = run._replace(denoise=denoisers.setdefault(training, run.denoise))
-                    if reference is None:
-                        reference = fid.pixel_statistics(build.all_images(run.config.data))
+                    if real is None:
+                        data = run.config.data
+                        real = pixels.reference(build.all_images(data), image_sets.data_name(data))
                     for calls, overrides in section.plans.items():
                         row = {"objective": f"{training}_{calls}", "assign": assign, "seed": seed, "step": step}
-                        rows.append(row | {"frechet_distance": _distance(config, run, dict(overrides), seed, reference)})
-    return rows
+                        results.append(_distance(config, run, dict(overrides), seed, real))
+                        rows.append(row | {"frechet_distance": results[-1].value})
+    return rows, results
 
 
-def _distance(
-    config: ConfigDict, run: build.Run, overrides: dict, seed: int, reference: tuple[np.ndarray, np.ndarray]
-) -> float:
+def _distance(config: ConfigDict, run: build.Run, overrides: dict, seed: int, real: Reference) -> Result:
     plan = build.run_plan(run, **overrides)
     samples = build.draw(run, plan, seed, range(config.num_samples), batch_size=config.batch_size)
-    return fid.frechet_distance(*fid.pixel_statistics(samples), *reference)
+    return pixels.frechet(samples, real)
 
 
 def _folder(config: ConfigDict, training: str, assign: str, seed: int) -> Path:
@@ -200,7 +202,7 @@ def compare(
     start = time.perf_counter()
     (training, section), *_ = config.trainings.items()
     first = build.load_run(_folder(config, training, section.assigns[0], config.seeds[0]))
-    curves = measure(config, progress)
+    curves, results = measure(config, progress)
     small = toy(config, progress)
     small = [row | {"objective": f"{row['euler_steps']} Euler step{'s' if row['euler_steps'] > 1 else ''}"} for row in small]
     workdir.mkdir(parents=True, exist_ok=True)
@@ -216,6 +218,7 @@ def compare(
         "gaussians": [row for row in small if row["updates"] in (250, last)],
         "effect": effects,
         "gaussians_effect": small_effects,
+        "protocols": pixels.protocols({"frechet_distance": results}),
         "curves": curves,
         "evaluation": [{"seconds": time.perf_counter() - start, "samples_per_row": config.num_samples}],
     }
@@ -256,5 +259,6 @@ def sections(config: ConfigDict, command: str) -> list[tuple[str, str]]:
             "Flow matching in two dimensions; squared 2-Wasserstein distance of 1,000 samples to as many data points.\n\n"
             "![distance along training](gaussians.png)\n\n<!-- table: gaussians_speed_up -->\n\n<!-- table: gaussians -->",
         ),
+        ("Protocol", "What the values were measured by.\n\n<!-- table: protocols -->"),
         ("Reproduce", f"```bash\nbash launch/immiscible_digits.sh   # which ends with\n{command}\n```"),
     ]

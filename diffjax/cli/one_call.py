@@ -17,10 +17,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from diffjax import build
+from diffjax.build import image_sets
 from diffjax.cli import comparison, comparison_report
 from diffjax.cli.comparison import Rows
-from diffjax.data import transforms
-from diffjax.metrics import fid, prdc
+from diffjax.metrics import pixels
+from diffjax.metrics.protocol import Result
 from diffjax.runtime import configs, report, writers
 from diffjax.runtime import images as image_files
 from diffjax.sampling import generate
@@ -37,33 +38,28 @@ def _teacher_entry(config: ConfigDict, teacher: build.Run) -> comparison.Entry:
     return comparison.Entry(config.teacher_method, teacher, {plan.nfe: plan})
 
 
-def measure(config: ConfigDict, progress: Callable[[str], None]) -> tuple[Rows, dict[str, np.ndarray], np.ndarray]:
-    """Rows of the table `one_call`, the first images of each method at the first seed, and the data."""
+def measure(
+    config: ConfigDict, progress: Callable[[str], None]
+) -> tuple[Rows, dict[str, np.ndarray], dict[str, list[Result]]]:
+    """Rows of the table `one_call`, the first images of each method at the first seed, and the values by name, each
+    with its protocol, the distance between two halves of the data among them."""
     teacher = build.load_run(comparison.folder_of(config, config.teacher, 0))
     data = build.all_images(teacher.config.data)
-    reference = fid.pixel_statistics(data)
-    real = np.asarray(transforms.to_float(data)).reshape(len(data), -1)
-    rows, pictures = [], {}
+    name = image_sets.data_name(teacher.config.data)
+    real = pixels.reference(data, name, keep_features=True)
+    rows, pictures, results = [], {}, {"frechet_distance": [], "recall": [], "precision": []}
     for seed in config.seeds:
         for entry in (_teacher_entry(config, teacher), *comparison.student_entries(config, teacher, seed)):
             (nfe, plan), *_ = entry.plans.items()
             progress(f"seed {seed}: {entry.method}")
             samples = build.draw(entry.run, plan, seed, range(config.num_samples), batch_size=config.batch_size)
-            # as many as there are images: the radii of recall depend on the size of the set
-            same = samples[: len(real)].reshape(-1, real.shape[1])
-            near = prdc.prdc(real, same, config.neighbours)
-            rows.append(
-                {
-                    "method": entry.method,
-                    "nfe": nfe,
-                    "seed": seed,
-                    "frechet_distance": fid.frechet_distance(*fid.pixel_statistics(samples), *reference),
-                    "recall": near.recall,
-                    "precision": near.precision,
-                }
-            )
+            found = {"frechet_distance": pixels.frechet(samples, real), **pixels.prdc(samples, real, config.neighbours)}
+            for metric, measured in results.items():
+                measured.append(found[metric])
+            values = {metric: found[metric].value for metric in results}
+            rows.append({"method": entry.method, "nfe": nfe, "seed": seed, **values})
             pictures.setdefault(entry.method, np.asarray(generate.to_uint8(samples[: config.grid_columns])))
-    return rows, pictures, data
+    return rows, pictures, results | {comparison.HALVES: [comparison.halves(data, name)]}
 
 
 # Tables ----------------------------------------------------------------------------------------------------------
@@ -156,7 +152,7 @@ def compare(
     start = time.perf_counter()
     training = comparison.cost(config)  # first: it knows at once which runs are not finished
     curves = gradient_curves(config)
-    rows, pictures, data = measure(config, progress)
+    rows, pictures, results = measure(config, progress)
     workdir.mkdir(parents=True, exist_ok=True)
     draw_plot(rows, workdir / "one_call.png")
     draw_gradients(curves, workdir / "gradient_norms.png")
@@ -165,10 +161,11 @@ def compare(
     image_files.save_png(workdir / "samples.png", image_files.labelled_rows(named, scale=max(1, 48 // size)))
     tables = {
         "means": means(rows),
-        "noise": comparison.noise(rows, data, ()),
+        "noise": comparison.noise(rows, *results[comparison.HALVES], ()),
         "cost": cost(config, progress),
         "training": training,
         "evaluation": [{"seconds": time.perf_counter() - start, "samples_per_row": config.num_samples}],
+        "protocols": pixels.protocols(results),
         "one_call": rows,
     }
     commands = [comparison.read_report(Path(row["run"]))["environment"]["command"] for row in training]
@@ -199,6 +196,7 @@ def sections(config: ConfigDict, commands: list[str]) -> list[tuple[str, str]]:
             "score and 3 + 4 K, Diff-Instruct 3 + 2; less where what a network makes of level and class, the same along "
             "a chain, is much of its work, since that is computed once.\n\n<!-- table: cost -->",
         ),
+        ("Protocol", "What the values were measured by.\n\n<!-- table: protocols -->"),
         ("Training", "<!-- table: training -->"),
         ("Reproduce", "```bash\n" + "\n".join(commands) + "\n```"),
     ]

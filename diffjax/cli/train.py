@@ -4,9 +4,10 @@
     python -m diffjax.cli.train --config=configs/quick/edm_digits.py --workdir=runs/digits_teacher --dry_run
 
 The folder gets config.json, metrics.jsonl, checkpoints/, samples/, report.md and report.json. The same command again
-resumes it. --config.method.start=RUN, with method edm, begins at the weights of another run, also of another resolution
-or other classes (`build.transfer`). Ends with code 0, 2 after an error in the config or the data, or 75 after a stop by
-a signal (saved: run it again).
+resumes it. A section `evaluate` measures samples of the averaged weights along the training, see `build.along`:
+--config.evaluate.every_steps=500. --config.method.start=RUN, with method edm, begins at the weights of another run,
+also of another resolution or other classes (`build.transfer`). Ends with code 0, 2 after an error in the config or the
+data, or 75 after a stop by a signal (saved: run it again).
 """
 
 import os
@@ -119,7 +120,7 @@ def _write_report(
         "parameters": trees.count(state.method.params),
         "seconds": records[-1]["time"].get("total_s"),
         "images_per_s": records[-1]["time"].get("images_per_s"),
-        "loss": records[-1].get("loss"),
+        "loss": next((record["loss"] for record in reversed(records) if "loss" in record), None),
     }
     sections = [
         ("Training", "<!-- table: training -->"),
@@ -132,7 +133,7 @@ def _write_report(
     sections.append(("Reproduce", f"```\n{command or call}\n```"))
     facts = {**report.environment(), "command": command or call}
     chosen = [{"option": key, "value": str(value)} for key, value in sorted(configs.flatten(config.method.to_dict()).items())]
-    tables = {"training": [summary], "method": chosen, "losses": _curve(records)}
+    tables = {"training": [summary], "method": chosen, "losses": _curve(records), **experiment.tables()}
     report.write_report(workdir, f"{config.method.name} training", sections, tables, facts)
 
 

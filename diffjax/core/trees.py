@@ -5,6 +5,7 @@ with a dict checks no shapes, so every tree that comes from outside (a checkpoin
 goes through `check` before it is used.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,16 @@ def report(lines: Sequence[str], what: str) -> None:
 def lerp(a: Any, b: Any, t: Array | float) -> Any:
     """a + t (b - a), leaf by leaf, in the dtype of `a`."""
     return jax.tree.map(lambda x, y: (x + t * (y - x)).astype(x.dtype), a, b)
+
+
+def sha256(tree: Any) -> str:
+    """Of paths, shapes, dtypes and values of all leaves."""
+    digest = hashlib.sha256()
+    for path, leaf in flatten(tree).items():
+        values = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {values.shape} {values.dtype.str}".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
 
 
 def first_nonfinite(tree: Any) -> Array:

@@ -329,7 +329,7 @@ def _metadata(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _read_arrays(folder: Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     restore_args = {
         path: ocp.ArrayRestoreArgs(
             sharding=leaf.sharding or default, global_shape=leaf.shape, dtype=leaf.dtype, strict=True

@@ -40,6 +40,7 @@ class Experiment(NamedTuple):
     sample(params) -> uint8 (n, H, W, C), for the grids under samples/; None for none.
     hooks: further periodic work.
     warning() -> what a new run should be told before it starts, "" for nothing; it may compute for a while.
+    tables() -> further tables of the run's report, name -> rows, once it has ended.
     """
 
     init: Callable[[], TrainState]
@@ -50,6 +51,7 @@ class Experiment(NamedTuple):
     sample: Callable[[Params], Any | None] | None = None
     hooks: Sequence[Hook] = ()
     warning: Callable[[], str] = lambda: ""
+    tables: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]] = dict
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,6 +48,9 @@ def test_the_report(base, tmp_path):
     assert 1 <= rows["switch", "default", "steps_to_default_best"] <= 3 and best > 0
     assert rows["bf16", "plain", "loss_over_first"] is None and rows["bf16", "plain", "steps"] == 3
     assert [row["step"] for row in tables["curves"]] == [2, 3] * 2  # the checkpoints that are kept
+    protocols = {row["values"]: row["reference"] for row in tables["protocols"]}
+    assert protocols["size, frechet_distance"] == "digits 8x8, views=1"
+    assert protocols["switch, frechet_distance"] == "digits 16x16, views=1"
     (claim,) = tables["claims"]  # the only two variants that are compared
     assert (claim["variant"], claim["of"], claim["seeds"]) == ("rescaled", "default", 1)
     for picture in ("samples.png", "switch.png"):

@@ -58,6 +58,10 @@ def test_comparison_writes_the_table(runs):
     }  # fmt: skip
     assert {row["seed"] for row in rows} == {0, 1} and set(rows[0]) == {"method", "nfe", "seed", "frechet_distance"}
     assert report["environment"]["versions"]["jax"]
+    distances, halves = report["tables"]["protocols"]
+    assert (distances["values"], distances["metric"], distances["features"]) == ("frechet_distance", "frechet", "pixels")
+    assert (distances["num_samples"], distances["reference_count"], halves["num_samples"]) == (64, 1797, 898)
+    assert distances["protocol"] != halves["protocol"] and "FID" not in distances["in words"]
     text = (runs / "comparison" / "report.md").read_text()
     assert "train the teacher" in text and "train the student" in text
     for picture in ("frechet_by_calls.png", "samples.png"):

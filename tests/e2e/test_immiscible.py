@@ -80,6 +80,8 @@ def test_the_report(runs, monkeypatch):
     assert len(tables["curves"]) == 2 * 2 * 3 and len(tables["effect"]) == 4
     assert set(tables["effect"][0]) >= {"objective", "assign", "seed", "steps_to_vanilla_best", "best_frechet_distance"}
     assert set(tables["solvers"][0]) == {"batch", "method", "milliseconds", "quality_percent"}
+    (protocol,) = tables["protocols"]
+    assert (protocol["values"], protocol["num_samples"], protocol["reference"]) == ("frechet_distance", 100, "digits 8x8")
     quality = {row["method"]: row["quality_percent"] for row in tables["solvers"]}
     assert quality["scipy"] == pytest.approx(100) and quality["scipy, callback"] == pytest.approx(100, abs=1e-3)
     assert 90 < quality["auction"] <= 100 + 1e-3

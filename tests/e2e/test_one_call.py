@@ -42,6 +42,9 @@ def test_one_call_writes_its_tables(runs):
     assert found == [*first, ("teacher_heun18", 35, 1), ("diff_instruct", 1, 1)]
     assert "two halves" in report["tables"]["noise"][0]["what"] and len(report["tables"]["noise"]) == 3
     assert all({"method", "seed", "frechet_distance", "recall"} <= set(row) for row in rows)
+    protocols = {row["values"]: row for row in report["tables"]["protocols"]}
+    assert list(protocols)[:3] == ["frechet_distance", "recall", "precision"] and len(protocols) == 4
+    assert (protocols["recall"]["settings"], protocols["recall"]["num_samples"]) == (f"k={config.neighbours}, equal=False", 64)
     cost = {row["method"]: row for row in report["tables"]["cost"]}
     # 7 + 4 (score updates - 1) + 2 K for z at rest, 4 K for z that moves, forward passes and what is no network; but what
     # this network makes of level and class, two fifths of its work, is the same along a chain and computed once
