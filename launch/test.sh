@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests, in a virtual environment of their own unless one is active.
 #
-#   bash launch/test.sh              everything (22 minutes on 2 cores)
+#   bash launch/test.sh              everything (14 minutes on 2 cores)
 #   bash launch/test.sh -m fast      one quick case of each module (2 minutes)
 #
 # Further arguments go to pytest.

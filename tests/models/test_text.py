@@ -1,5 +1,7 @@
 """CLIP's text encoders against transformers' classes, with drawn weights and at the published sizes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,8 +160,10 @@ def test_tokens_see_those_before_them_only():
 def test_the_first_end_token_is_pooled():
     (network, params), text = made(end=END), ids()
     found = network(params, text)
-    np.testing.assert_array_equal(found.pooled, found.text[np.arange(3), [5, LENGTH - 1, 3]])
-    np.testing.assert_array_equal(found.pooled, made(end=None)[0](params, text).pooled)
+    # the compiler may write a norm into each of the places that use it, and round the last bit there as it likes
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    close(found.pooled, found.text[np.arange(3), [5, LENGTH - 1, 3]])
+    close(found.pooled, made(end=None)[0](params, text).pooled)
     text[0] = 1
     assert np.isnan(network(params, text).pooled[0]).all() and np.isfinite(network(params, text).pooled[1:]).all()
 
