@@ -31,6 +31,7 @@ from diffjax.weights import load as files
 
 POOL = "pool"
 _TEXTS_AT_ONCE = 64
+_BRIGHT = 16.0  # no sample in [-1, 1] goes so far above and nowhere below 0: these are pixels in 0 .. 255
 _INCEPTION_SIZE, _INCEPTION_RESIZE = 299, "tf1"  # as EDM and ADM
 
 
@@ -86,7 +87,8 @@ def placed(space: FeatureSpace, mesh: Mesh) -> FeatureSpace:
 
 
 def check_images(images: np.ndarray, space: FeatureSpace, ids: Sequence[int] | None = None) -> None:
-    """Raises ValueError for images that `space` cannot take, naming the first that holds a NaN by its id."""
+    """Raises ValueError for images that `space` cannot take, naming the first that holds a NaN by its id, and for floats
+    in 0 .. 255."""
     rank = 5 if space.num_frames else 4
     if images.ndim != rank or not (images.dtype == np.uint8 or np.issubdtype(images.dtype, np.floating)):
         kind = "videos (B, T, H, W, C)" if space.num_frames else "images (B, H, W, C)"
@@ -106,6 +108,11 @@ def check_images(images: np.ndarray, space: FeatureSpace, ids: Sequence[int] | N
         raise ValueError(
             f"{len(broken)} of {len(images)} images hold a NaN or infinity, the first is sample {first}: no metric is "
             "defined on them; look at the run, or at its plan"
+        )
+    if images.size and images.min() >= 0 and images.max() > _BRIGHT:
+        raise ValueError(
+            f"found images with values in {images.min():g} .. {images.max():g}, expected about -1 .. 1: divide by 127.5 "
+            "and subtract 1, or give uint8"
         )
 
 

@@ -344,6 +344,8 @@ def test_bad_images_are_refused_by_name(space, images, how):
         ValueError, match="takes images of shape .8, 8, 1., which its network was trained on, found .4, 4, 3."
     ):
         feature_spaces.features(space._replace(shape=(8, 8, 1)), images[:2])
+    with pytest.raises(ValueError, match=r"values in 0 .. 255, expected about -1 .. 1: divide by 127.5"):
+        feature_spaces.features(space, np.linspace(0, 255, 96, dtype=np.float32).reshape(2, 4, 4, 3))
     with pytest.raises(ValueError, match="takes videos of 16 frames, found 3"):
         feature_spaces.features(space._replace(num_frames=16), np.zeros((1, 3, 4, 4, 3), np.uint8))
 
