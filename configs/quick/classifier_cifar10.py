@@ -3,9 +3,8 @@
     python -m diffjax.cli.train --config=configs/quick/classifier_cifar10.py --workdir=runs/classifier_cifar10 \
         --config.data.data_dir=FOLDER_OF_TENSORFLOW_DATASETS
 
-Hardware: 2 CPU cores, about 10 minutes of one of them (500 images a second, an estimate from the first 12,800).
-Expect: 40 % of the 5,000 images that are held out after 12,800 images; the end of the training was not measured. No
-published number, and distances in these features are no FID.
+Hardware: 2 cores of an AMD EPYC, 9 minutes, part of them beside other work. Expect: right about 76.5 % of the 5,000 images
+that are held out (seed 0). No published number, and distances in these features are no FID.
 """
 
 from ml_collections import ConfigDict
