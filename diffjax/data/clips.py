@@ -130,6 +130,7 @@ def _scaled(file: Path, shape: Any) -> Iterator[np.ndarray]:
 
 
 def video_files(root: Path) -> list[Path]:
+    """`root` itself, or the videos in that folder by name. Raises ValueError for a folder without one."""
     files = [root] if root.is_file() else sorted(file for file in root.iterdir() if file.suffix.lower() in SUFFIXES)
     if not files:
         raise ValueError(f"{root} holds no video: expected files that end in {', '.join(SUFFIXES)}")

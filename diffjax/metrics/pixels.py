@@ -9,7 +9,6 @@ Images (N, H, W, C) are uint8, or floats in about [-1, 1] that are neither clipp
 by number, without a network, so the distance is no FID.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,13 +25,8 @@ def reference(images: np.ndarray, source: str, keep_features: bool = False) -> R
     """Images to compare samples with; `source` names them. keep_features: for `prdc`."""
     mean, covariance = fid.pixel_statistics(images)
     features = fid.pixels(images) if keep_features else None
-    return Reference(mean, covariance, len(images), None, features, source, digest(images), None)
-
-
-def digest(images: np.ndarray) -> str:
-    """sha256 of the hashes of the images as they are stored, one after the other."""
-    each = (hashlib.sha256(np.ascontiguousarray(image)).digest() for image in images)
-    return hashlib.sha256(b"".join(each)).hexdigest()
+    sha256 = protocol.set_sha256(protocol.digests(images))
+    return Reference(mean, covariance, len(images), None, features, source, sha256, None)
 
 
 def frechet(samples: np.ndarray, real: Reference) -> protocol.Result:

@@ -5,6 +5,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,16 +50,23 @@ class Unpickler(pickles.Unpickler):
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dict of a file, its arrays read-only. Raises FileNotFoundError, and ValueError for a file that is damaged,
-    something else, or names a global that is not on the list."""
+    """The dict of a file, its arrays read-only. Raises as `load`."""
+    return load(path, Unpickler, _arrays, _EXPECTED)
+
+
+def load(
+    path: str | os.PathLike[str], unpickler: type[pickles.Unpickler], plain: Callable[[Any], dict[str, Any]], expected: str
+) -> dict[str, Any]:
+    """What `plain` makes of a file's content. Raises FileNotFoundError, and ValueError, which ends in `expected`, for a
+    file that is damaged, something else, or names a global that is not on the unpickler's list."""
     with open(path, "rb") as file:
         try:
-            return _arrays(Unpickler(pickles.File(file)).load())
+            return plain(unpickler(pickles.File(file)).load())
         except RefusedError as error:
-            raise ValueError(f"{path}: {error}; {_EXPECTED}") from error
+            raise ValueError(f"{path}: {error}; {expected}") from error
         except pickles.DAMAGED as error:
             raise ValueError(
-                f"{path} is damaged or no such file ({type(error).__name__}: {pickles.shown(error)}): {_EXPECTED}"
+                f"{path} is damaged or no such file ({type(error).__name__}: {pickles.shown(error)}): {expected}"
             ) from error
 
 

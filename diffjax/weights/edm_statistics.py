@@ -21,15 +21,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises FileNotFoundError, and ValueError for a file that is damaged, something else, or names a global that is not
     on the list.
     """
-    with open(path, "rb") as file:
-        try:
-            return _plain(_Unpickler(pickles.File(file)).load())
-        except RefusedError as error:
-            raise ValueError(f"{path}: {error}; {_EXPECTED}") from error
-        except pickles.DAMAGED as error:
-            raise ValueError(
-                f"{path} is damaged or no statistics file ({type(error).__name__}: {pickles.shown(error)}): {_EXPECTED}"
-            ) from error
+    return array_pickle.load(path, _Unpickler, _plain, _EXPECTED)
 
 
 def _plain(found: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_damaged_files_are_refused(tmp_path):
     at = whole.index(MEAN.tobytes())
     for broken in (b"", whole[:-20], whole[: at + 5]):
         path.write_bytes(broken)
-        with pytest.raises(ValueError, match="damaged or no statistics file"):
+        with pytest.raises(ValueError, match="damaged or no such file"):
             edm_statistics.read(path)
     # an array that says that it is larger than its bytes
     path.write_bytes(whole.replace(b"K\x03\x85", b"K\x7f\x85"))
