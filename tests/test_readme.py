@@ -28,7 +28,7 @@ SHORT = {
 }
 
 # Runs the commands one after another, each as `python -m` would. One process for all of them: each on its own would
-# import JAX anew, and compile what the one before it has compiled (test_cli.py starts each in its own process).
+# import JAX anew, and compile what the one before it has compiled (test_cli.py starts each in its own, for its help).
 COMMANDS = """
 import json, runpy, sys
 for argv in json.load(sys.stdin):
