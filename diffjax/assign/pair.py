@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.assign import approx, costs, exact
-from diffjax.core import names
+from diffjax.core import names, sharding
 from diffjax.core.broadcast import per_sample, squared_norm
 from diffjax.core.types import Array, Batch, Key
 
@@ -139,7 +139,8 @@ def check_group(group_by: str, batch: Batch) -> None:
 
 def assign(x: Array, noise: Array, method: str, group: Array | None = None, cost: str = "dot") -> Array:
     """The permutation (B,) int32 of noise (B, ...) for finite x (B, ...), by a method that permutes."""
-    return permute(costs.cost_matrix(x, noise, cost), method, group)
+    # on each device all of it, so that their number does not change a bit
+    return sharding.everywhere(permute(costs.cost_matrix(*sharding.everywhere((x, noise)), cost), method, group))
 
 
 def permute(matrix: Array, method: str, group: Array | None = None) -> Array:

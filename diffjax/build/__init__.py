@@ -13,7 +13,7 @@ that function's options, so a signature is the list of what may be set.
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import along, methods, runs
+from diffjax.build import along, methods, planned, runs
 from diffjax.build.costs import emd_iteration
 from diffjax.build.methods import teacher_targets
 from diffjax.build.networks import data_shape, denoiser
@@ -24,6 +24,7 @@ from diffjax.core import names
 from diffjax.data import sources
 from diffjax.train import ema, loop, step
 from diffjax.train import state as train_state
+from diffjax.train.settings import Settings
 
 __all__ = [
     "SECTIONS", "Run", "all_images", "all_items", "assignment_warning", "data_shape", "denoiser", "draw", "emd_iteration",
@@ -46,11 +47,16 @@ def experiment(config: ConfigDict) -> loop.Experiment:
     absent = [key for key in ("seed", "data", "model", "method", "optim", "train") if key not in config]
     if absent:
         raise ValueError(f"the config lacks {absent}; see configs/quick/edm_digits.py for a complete one")
-    loop.Settings.from_config(config.train.to_dict())
+    Settings.from_config(config.train.to_dict())
     make = names.lookup(methods.METHODS, config.method.get("name"), "method")
+    if config.train.get("microbatches") and config.method.name not in methods.IN_MICROBATCHES:
+        raise ValueError(
+            f"train.microbatches is for the methods {methods.IN_MICROBATCHES}, found {config.method.name!r}: leave it out; sfd "
+            "has method.accumulate"
+        )
     config = resolve(config)
     parts = make(config)
-    evaluated = along.evaluation_of(config, parts)
+    evaluated = None if planned.active() else along.evaluation_of(config, parts)
     average = config.get("ema", ConfigDict({"halflife_images": 0})).to_dict()
     decay = ema.make_decay(config.train.batch_size, **average)
 
@@ -59,11 +65,11 @@ def experiment(config: ConfigDict) -> loop.Experiment:
 
     return loop.Experiment(
         init=init,
-        step=step.make_train_step(parts.method, decay),
+        step=step.make_train_step(parts.method, decay, config.train.get("microbatches", 0)),
         frozen=parts.frozen,
         batches=parts.batches,
         batch_size=config.train.batch_size,
-        sample=None if parts.plan is None else along.grid(config, parts),
+        sample=None if parts.plan is None or planned.active() else along.grid(config, parts),
         hooks=parts.hooks if evaluated is None else (*parts.hooks, evaluated.hook),
         warning=parts.warning,
         tables=dict if evaluated is None else lambda: {"protocols": evaluated.protocols()},

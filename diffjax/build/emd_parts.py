@@ -41,7 +41,6 @@ def emd_parts(config: ConfigDict) -> parts.Parts:
     method = emd.make(
         chosen, guided, denoise, Update(*parts.optimizer(config)),
         Update(*parts.optimizer(config, config.method.get("score_optim"))), regression=regression, ratio=ratio,
-        batch_sharding=parts.batch_sharding(config),
     )  # fmt: skip
     rates = jax.tree.map(jnp.float32, rates)
     plan = runs.student_plan(config.method)

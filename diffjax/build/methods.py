@@ -14,6 +14,7 @@ from diffjax.core import names, rng
 from diffjax.core.types import Denoiser, Params
 from diffjax.data import loader, trajectories
 from diffjax.methods import amed, consistency, edm, pd, sfd
+from diffjax.runtime import mesh
 
 
 def _edm(config: ConfigDict) -> parts.Parts:
@@ -79,7 +80,7 @@ def _sfd(config: ConfigDict) -> parts.Parts:
     cache = config.method.get("trajectories", "")
     method = sfd.make(
         settings, sfd_teacher(settings, teacher), denoise, *parts.optimizer(config), perceptual=distance,
-        batch_sharding=parts.batch_sharding(config), grid_options=runs.grid_options(config.method),
+        grid_options=runs.grid_options(config.method),
     )  # fmt: skip
     plan = runs.student_plan(config.method)
     told = runs.Run(config, denoise, {}, 0, teacher.data)
@@ -210,11 +211,11 @@ def _amed(config: ConfigDict) -> parts.Parts:
     def with_teacher(params: Params) -> Params:
         # where the predictor is: on all devices of the run
         here = jax.tree.leaves(params)[0].sharding
-        return {"teacher": jax.device_put(teacher.params, here), "predictor": params}
+        where = mesh.replicated(here.mesh) if isinstance(here, jax.sharding.NamedSharding) else here
+        return {"teacher": jax.device_put(teacher.params, where), "predictor": params}
 
     method = amed.make(
         settings, teacher.denoise, features, predict, *parts.optimizer(config),
-        batch_sharding=parts.batch_sharding(config),
     )  # fmt: skip
     return parts.Parts(
         method=method,
@@ -229,6 +230,7 @@ def _amed(config: ConfigDict) -> parts.Parts:
     )
 
 
+IN_MICROBATCHES = ("edm", "consistency", "pd", "classify")
 METHODS: dict[str, Callable[[ConfigDict], parts.Parts]] = {
     "edm": _edm, "consistency": _consistency, "sfd": _sfd, "pd": _pd, "amed": _amed, "emd": emd_parts.emd_parts,
     "classify": classifiers.classify_parts,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from diffjax.assign import host, pair
-from diffjax.build import companions, encoded, networks, runs, video_networks
+from diffjax.build import companions, encoded, networks, planned, runs, video_networks
 from diffjax.core import names, rng, trees
 from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Params
 from diffjax.data import latents, loader, sources, texts, transforms
@@ -41,13 +41,18 @@ class Parts(NamedTuple):
 
 def batches(config: ConfigDict) -> Callable[[], loader.Batches]:
     """The images of the `data` section in batches; opened at once, so that absent data is said before any work."""
+    if planned.active():
+        return lambda: iter([planned.batch(config)])
     source = source_of(config.data)
     options = config.get("method", {}).get("assign_options", {})
     beside = beside_data(config)
     if isinstance(source, latents.Latents):
         encoded.check(source.header, beside, config.model)
+    part, parts = mesh.samples_of_process(run_mesh(config))
     if options.get("route") != "host":
-        plain = lambda: loader.make_batches(source, config.train.batch_size, config.seed)  # noqa: E731
+        plain = lambda: loader.make_batches(  # noqa: E731
+            source, config.train.batch_size, config.seed, process=part, num_processes=parts
+        )
         if beside is None:
             return plain
         return lambda: encoded.Encoded(plain(), beside, config.model, networks.data_shape(config.data), config.seed)
@@ -134,6 +139,8 @@ def beside_data(config: ConfigDict) -> companions.Companions | None:
 
 def takes_texts(config: ConfigDict) -> bool:
     """Whether the companions of a run encode texts."""
+    if planned.active():
+        return planned.takes_texts(config)
     beside = beside_data(config)
     return beside is not None and beside.text is not None
 
@@ -215,9 +222,11 @@ def load_teacher(config: ConfigDict) -> runs.Run:
 
 def student(config: ConfigDict, teacher: runs.Run) -> tuple[Denoiser, Callable[[], Params]]:
     """The student's network and its first weights: the teacher's, and fresh ones for conditions that are new."""
-    if config.model == teacher.config.model:
+    if config.model == teacher.config.model and not planned.active():
         return teacher.denoise, lambda: teacher.params
     denoise, init = networks.denoiser(config.model, teacher.data)
+    if planned.active():
+        return denoise, lambda: init(rng.stream(config.seed, "init"))
 
     def init_params() -> Params:
         fresh = init(rng.stream(config.seed, "init"))
@@ -269,9 +278,9 @@ def settings_options(config: ConfigDict, settings: type, *apart: str) -> dict[st
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
-def batch_sharding(config: ConfigDict) -> jax.sharding.Sharding:
-    """Batches spread over the devices of the run."""
-    return mesh.batch_sharding(mesh.make_mesh(config.train.get("num_devices", 0) or None))
+def run_mesh(config: ConfigDict) -> jax.sharding.Mesh:
+    """The devices of the run, as the section `train` lays them out."""
+    return mesh.make_mesh(config.train.get("num_devices", 0) or None, layout=config.train.get("mesh", ""))
 
 
 def optimizer(config: ConfigDict, section: ConfigDict | None = None) -> tuple[Any, Callable[[Array], Array]]:

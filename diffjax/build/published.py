@@ -32,8 +32,8 @@ _AS_IT_IS = lambda path, array: array  # noqa: E731
 
 
 def load_model(folder: str | Path, variant: str = "", mesh: jax.sharding.Mesh | None = None, **changes: Any) -> runs.Run:
-    """The denoiser of a folder, ready to sample. variant: as of `weights.load.read`; mesh: each weight goes to all its
-    devices as soon as it is read, so that the host never has a second copy of them; changes: other options of the section
+    """The denoiser of a folder, ready to sample. variant: as of `weights.load.read`; mesh: each weight is laid out on
+    its devices as soon as it is read, so that the host never has a second copy of them; changes: other options of the section
     model, such as compute_dtype. Raises FileNotFoundError for what is absent, ValueError for what does not fit.
     """
     config = ConfigDict({"seed": 0, **folders.describe(folder)})
@@ -44,7 +44,7 @@ def load_model(folder: str | Path, variant: str = "", mesh: jax.sharding.Mesh | 
     denoise, init = networks.denoiser(config.model, shape)
     weights = load.read(Path(folder) / folders.denoiser_part(folder), variant)
     expected = jax.eval_shape(init, jax.random.key(0))
-    put = _AS_IT_IS if mesh is None else load.placed(jax.tree.map(lambda _: meshes.replicated(mesh), expected))
+    put = _AS_IT_IS if mesh is None else load.placed(meshes.shardings(expected, mesh))
     params = read_weights(config.model, shape, weights, expected, put)
     return runs.Run(config, denoise, params, 0, shape, runs.run_sampler(config.model, shape), null_class=bool(shape.num_classes))
 

@@ -122,12 +122,12 @@ def _trajectories(values: absl_flags.FlagValues) -> None:
     from diffjax import build
     from diffjax.data import trajectories
     from diffjax.runtime import progress
-    from diffjax.train import loop
+    from diffjax.train.settings import Settings
 
     config = flags.needed(values, "config", "configs/sfd/cifar10.py:2")
     out = flags.needed(values, "out", "runs/trajectories_2")
     targets, made_for = build.teacher_targets(config)
-    settings = loop.Settings.from_config(config.train.to_dict())
+    settings = Settings.from_config(config.train.to_dict())
     numbers = (made_for["num_steps"][0] - 1) * math.prod(made_for["image_shape"])
     size = settings.total_steps * settings.batch_size * numbers * np.dtype(np.float32).itemsize
     print(f"{settings.total_steps:,} steps of {settings.batch_size} trajectories, {size / 2**30:.3g} GiB, into {out}")

@@ -68,6 +68,7 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_string("metadata", "", "what the network is told of a picture: height=64,width=64,flip=1", **common)
     absl_flags.DEFINE_integer("batch_size", 64, "images at once", **common)
     absl_flags.DEFINE_integer("devices", 0, "devices that a batch is split over, 0 = all there are", **common)
+    absl_flags.DEFINE_string("mesh", "", "axes of the devices, as data:2,fsdp:4; where empty all along data", **common)
     absl_flags.DEFINE_enum("mode", "draw", ["draw", "correct"], "draw images, or run EMD's chain from them", **common)
     absl_flags.DEFINE_integer("langevin_steps", None, "correct: steps of the chain, 300 where not given", **common)
     absl_flags.DEFINE_float("sigma", None, "correct: noise level of the chain, 1 where not given", **common)
@@ -126,7 +127,7 @@ def _sample(
     from diffjax.sampling import generate
 
     prompts = _prompts(values, len(seeds))
-    mesh = _mesh(values.devices)
+    mesh = _mesh(values.devices, values.mesh)
     if values.model:
         changes = {} if values.compute_dtype is None else {"compute_dtype": values.compute_dtype}
         run = build.load_model(workdir, mesh=mesh, **changes)
@@ -180,15 +181,15 @@ def _metadata(text: str) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in parts}
 
 
-def _mesh(devices: int) -> "jax.sharding.Mesh | None":
-    """Of as many devices, 0 = all; None for a single one. Raises ValueError where there are fewer."""
+def _mesh(devices: int, layout: str) -> "jax.sharding.Mesh | None":
+    """Of as many devices, 0 = all, with these axes; None for a single one. Raises ValueError where there are fewer."""
     import jax
 
     from diffjax.runtime import mesh
 
     if devices < 0:
         raise ValueError(f"--devices={devices}: expected 0 (all) to {jax.device_count()}")
-    return None if (devices or jax.device_count()) == 1 else mesh.make_mesh(devices or None)
+    return None if (devices or jax.device_count()) == 1 else mesh.make_mesh(devices or None, layout=layout)
 
 
 def _batch(size: int, mesh: "jax.sharding.Mesh | None") -> int:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.core import names, schedules
+from diffjax.core import names, schedules, sharding
 from diffjax.core.types import Array, Key
 
 
@@ -80,7 +80,8 @@ def draw(key: Key, num: int, name: str, resolution_scale: float = 1.0, **options
     `schedules.rescaled`. Raises ValueError as `check`."""
     check(name, {"resolution_scale": resolution_scale, **options})
     levels, randomness = DISTRIBUTIONS[name]
-    return levels(randomness(key, (num,), jnp.float32), **options) * resolution_scale
+    drawn = levels(randomness(key, (num,), jnp.float32), **options) * resolution_scale
+    return sharding.everywhere(drawn)  # powers of few numbers at a time are rounded otherwise than of many
 
 
 def check(name: str, options: Mapping[str, float]) -> None:

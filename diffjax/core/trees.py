@@ -6,7 +6,7 @@ goes through `check` before it is used.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,18 @@ def flatten(tree: Any) -> dict[str, Any]:
             raise ValueError(f"two leaves have the path {name!r}: use keys without '/' that differ as text")
         flat[name] = leaf
     return flat
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dict of path -> leaf, the inverse of `flatten` for dicts."""
+    nested: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, name = path.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return nested
 
 
 def paths(tree: Any) -> list[str]:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffjax.core import grids, solvers, trees
+from diffjax.core import grids, sharding, solvers, trees
 from diffjax.core.names import lookup
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import from_noise
@@ -110,13 +110,13 @@ def make(
     learning_rate: Callable[[Array], Array],
     *,
     grid_options: dict[str, Any] | None = None,
-    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Method:
     """AMED as a Method: frozen = the network's parameters, batch has texts or nothing, state is an AmedState.
 
     `features` and `predict` are those of `amed_sampler`; `init` takes the predictor's parameters. `optimizer` has no
     learning rate of its own (optax.scale_by_adam()); `learning_rate` maps the iteration to it. `grid_options` are the
-    maps of a discrete grid. `batch_sharding` spreads the trajectories, which are drawn inside, over devices.
+    maps of a discrete grid. The trajectories, which are drawn inside, are spread over
+    the devices of a mesh.
     Metrics, float32: loss (mean of eq. 2 over the noise levels), loss_t<k> (eq. 2 at step k), grad_norm (mean over
     the updates), learning_rate; nonfinite_leaf (int32), of the earliest update that has one. Raises ValueError for
     settings that cannot work.
@@ -130,8 +130,7 @@ def make(
         state: AmedState, frozen: Params, batch: Batch, key: Key, iteration: Array
     ) -> tuple[AmedState, Metrics]:
         noise, cond = from_noise.draw(settings, key, batch)
-        if batch_sharding is not None:
-            noise, cond = jax.lax.with_sharding_constraint((noise, cond), batch_sharding)
+        noise, cond = sharding.spread((noise, cond))
         rate = learning_rate(iteration)
         state, trace = update(state, frozen, noise, cond, rate)
         return state, from_noise.metrics(trace, rate) | from_noise.by_level(trace)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from diffjax.core import trees
+from diffjax.core import microbatches, trees
 from diffjax.core.types import Array, Batch, Key, Method, Metrics, Params
 from diffjax.methods.edm import take_image
 from diffjax.methods.update import descend
@@ -56,11 +56,14 @@ def make(
                 f"a classifier learns labels, found a batch with {sorted(batch)} beside the image: set data.num_classes"
             )
 
-        def objective(params: Params) -> tuple[Array, Array]:
+        def objective(params: Params, fixed: tuple[()], rows: tuple[Array, Array], key: None) -> tuple[Array, Array]:
+            image, label = rows
             logits = network(params, image)
-            return loss(logits, batch["label"]), accuracy(logits, batch["label"])
+            return loss(logits, label), logits
 
-        (value, right), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        given = image, batch["label"]
+        (value, logits), grads = microbatches.value_and_grad(objective, state.params, (), given)
+        right = accuracy(logits, batch["label"])
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "accuracy": right, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}

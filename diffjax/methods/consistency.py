@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from diffjax.assign import pair
-from diffjax.core import names, trees
+from diffjax.core import microbatches, names, sharding, trees
 from diffjax.core.broadcast import per_sample, squared_norm
 from diffjax.core.types import Array, Batch, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import edm
@@ -116,6 +116,18 @@ def make(
     def init(params: Params) -> ConsistencyState:
         return ConsistencyState(params, optimizer.init(params), jax.tree.map(jnp.copy, params) if averaged else {})
 
+    def objective(params: Params, fixed: tuple[Frozen, Params], rows: tuple, key: Key) -> tuple[Array, tuple[()]]:
+        (frozen, target), (image, noise, high, low, cond) = fixed, rows
+        noisy = image + per_sample(high, image) * noise
+        if teacher_denoise is None:
+            less = image + per_sample(low, image) * noise
+        else:
+            less = _heun(lambda x, sigma: teacher_denoise(frozen.teacher, x, sigma, cond, None), noisy, high, low)
+        known = jax.lax.stop_gradient(denoise(target, less, low, cond, key))
+        found = denoise(params, noisy, high, cond, key)
+        distances = _distance(settings, perceptual, frozen.perceptual, found, known)
+        return jnp.mean(distances / (high - low) if settings.inverse_gap else distances), ()
+
     def step(
         state: ConsistencyState, frozen: Frozen, batch: Batch, key: Key, iteration: Array
     ) -> tuple[ConsistencyState, Metrics]:
@@ -126,20 +138,8 @@ def make(
         cond = edm.drop_labels(keys.label, batch, settings.label_dropout, settings.num_classes)
         scales = schedule(settings, iteration)
         high, low = draw_levels(settings, keys.level, image.shape[0], scales.num)
-        noisy = image + per_sample(high, image) * noise
-        if teacher_denoise is None:
-            less = image + per_sample(low, image) * noise
-        else:
-            less = _heun(lambda x, sigma: teacher_denoise(frozen.teacher, x, sigma, cond, None), noisy, high, low)
-        known = denoise(state.target if averaged else state.params, less, low, cond, keys.dropout)
-        known = jax.lax.stop_gradient(known)
-
-        def objective(params: Params) -> Array:
-            found = denoise(params, noisy, high, cond, keys.dropout)
-            distances = _distance(settings, perceptual, frozen.perceptual, found, known)
-            return jnp.mean(distances / (high - low) if settings.inverse_gap else distances)
-
-        value, grads = jax.value_and_grad(objective)(state.params)
+        fixed, given = (frozen, state.target if averaged else state.params), (image, noise, high, low, cond)
+        (value, _), grads = microbatches.value_and_grad(objective, state.params, fixed, given, keys.dropout)
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, state.params, state.opt_state, grads)
         target = trees.lerp(params, state.target, scales.decay) if averaged else {}
@@ -185,7 +185,7 @@ def draw_levels(settings: Settings, key: Key, batch_size: int, num: Array) -> tu
         index = jnp.searchsorted(jnp.cumsum(_lognormal_shares(settings, num)), uniform)
         index = jnp.minimum(index, num - 2)
     index = index.astype(jnp.int32)
-    return grid_level(settings, index, num), grid_level(settings, index + 1, num)
+    return sharding.everywhere((grid_level(settings, index, num), grid_level(settings, index + 1, num)))
 
 
 def _lognormal_shares(settings: Settings, num: Array) -> Array:

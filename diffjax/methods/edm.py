@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from diffjax.assign import pair
-from diffjax.core import noise_levels, schedules, trees, weighting
+from diffjax.core import microbatches, noise_levels, schedules, sharding, trees, weighting
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import variance_bound
@@ -119,12 +119,13 @@ def make(
         cond = drop_labels(keys.label, batch, settings.label_dropout, settings.num_classes)
         cond = drop_control(jax.random.fold_in(keys.label, 1), cond, settings.control_dropout, len(image))
         sigma = noise_levels.draw(keys.level, image.shape[0], settings.distribution, **settings.distribution_options)
-        differentiate = jax.value_and_grad(objective, has_aux=True)
-        (value, (per_sample_loss, extra)), grads = differentiate(state.params, image, sigma, noise, cond, keys)
+        given = image, sigma, noise, cond
+        (value, (per_sample_loss, extra)), grads = microbatches.value_and_grad(objective, state.params, (), given, keys)
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
-        values |= _loss_by_level(per_sample_loss, sigma) | found | ({"loss_masked": extra} if masked else {})
+        values |= _loss_by_level(per_sample_loss, sharding.everywhere(sigma)) | found
+        values |= {"loss_masked": jnp.mean(extra)} if masked else {}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in values.items()}
         return EDMState(params, opt_state), {**metrics, "nonfinite_leaf": trees.first_nonfinite(grads)}
 
@@ -135,24 +136,28 @@ def _objective(
     settings: Settings, network: Denoiser | VarianceDenoiser, is_hybrid: bool,
     masked: Sequence[Denoiser | VarianceDenoiser],
 ) -> Callable[..., tuple[Array, tuple[Array, Array]]]:  # fmt: skip
-    """(params, image, sigma, noise, cond, keys) -> the loss, (that of each sample (B,), that of the masked pass)."""
+    """For `microbatches.value_and_grad`: (params, (), (image, sigma, noise, cond), keys) -> the loss, and of each sample
+    (B,) that of the whole and of the masked pass."""
     pixels = hybrid_loss if is_hybrid else loss
 
     def objective(
-        params: Params, image: Array, sigma: Array, noise: Array, cond: Cond, keys: StepKeys
+        params: Params, fixed: tuple[()], batch: tuple[Array, Array, Array, Cond], keys: StepKeys
     ) -> tuple[Array, tuple[Array, Array]]:
+        del fixed
+        image, sigma, noise, cond = batch
+
         def summed(network: Denoiser | VarianceDenoiser, noise: Array, key: Key) -> Array:
             of_pixels = pixels(settings, network, params, image, sigma, noise, cond, key)
             return jnp.sum(of_pixels, axis=tuple(range(1, image.ndim)))
 
         whole = summed(network, noise, keys.dropout)
         if not masked:
-            return jnp.mean(whole), (whole, jnp.float32(0))
+            return jnp.mean(whole), (whole, jnp.zeros_like(whole))
         other = jax.random.normal(jax.random.fold_in(keys.noise, 1), noise.shape)
         passes = [functools.partial(summed, one, other) for one in masked]
         which = jax.random.randint(jax.random.fold_in(keys.dropout, 1), (), 0, len(passes))
-        extra = jnp.mean(jax.lax.switch(which, passes, jax.random.fold_in(keys.dropout, 2)))
-        return jnp.mean(whole) + extra, (whole, extra)
+        extra = jax.lax.switch(which, passes, jax.random.fold_in(keys.dropout, 2))
+        return jnp.mean(whole) + jnp.mean(extra), (whole, extra)
 
     return objective
 

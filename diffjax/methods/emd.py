@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffjax.core import noise_levels, solvers, trees, weighting
+from diffjax.core import noise_levels, sharding, solvers, trees, weighting
 from diffjax.core.broadcast import per_sample, squared_norm
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import density_ratio, edm, from_noise
@@ -128,13 +128,12 @@ def make(
     *,
     regression: Regression | None = None,
     ratio: density_ratio.Ratio | None = None,
-    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Method:
     """EMD as a Method: frozen is a Frozen, state an EMDState; init takes the teacher's parameters. The batch is empty;
     with `ratio` it is what `ratio.prepare` takes.
 
-    `denoise` is the network of generator and student score; `teacher_denoise` may be guided. `batch_sharding` spreads
-    what is drawn inside over devices. Metrics, float32: loss (2), score_loss (1), grad_norm, score_grad_norm,
+    `denoise` is the network of generator and student score; `teacher_denoise` may be guided. What is drawn inside
+    is spread over the devices of a mesh. Metrics, float32: loss (2), score_loss (1), grad_norm, score_grad_norm,
     residual (|R|), latent_move (|z^K - z|), gap (mean of sigma |s_p - s_q| along the chain), all norms L2 of one
     sample, mean over the batch; grad_norm_raw, regression, ratio_loss where on; learning_rate. int32, -1 = none:
     nonfinite_leaf, and nonfinite_sample, the first sample whose chain is not finite. Raises ValueError for settings
@@ -144,9 +143,9 @@ def make(
     learned = settings.student_score == "learned"
     generate = generator(denoise, settings.generator_sigma, settings.latent)
     gradient = make_gradient(settings, teacher_denoise, denoise)
-    score_step = _make_score_step(settings, denoise, generate, score_update, batch_sharding)
+    score_step = _make_score_step(settings, denoise, generate, score_update)
     reweigh = _make_reweigh(generate, ratio)
-    regress = _make_regress(settings, teacher_denoise, generate, regression, batch_sharding)
+    regress = _make_regress(settings, teacher_denoise, generate, regression)
     optimizer, learning_rate = generator_update
 
     def init(params: Params) -> EMDState:
@@ -158,7 +157,7 @@ def make(
     def step(state: EMDState, frozen: Frozen, batch: Batch, key: Key, iteration: Array) -> tuple[EMDState, Metrics]:
         score_key, chain_key, regression_key, ratio_key = jax.random.split(key, 4)
         state, metrics = score_step(state, batch, score_key, iteration) if learned else (state, {})
-        drawn = _spread(draw(settings, chain_key, batch), batch_sharding)
+        drawn = sharding.spread(draw(settings, chain_key, batch))
         state, factors, found = reweigh(state, frozen, batch, drawn, ratio_key, iteration)
         metrics |= found
         weights = Weights(frozen.teacher, state.score, state.params)
@@ -264,7 +263,7 @@ def _generator_weight(settings: Settings, sigma: Array, report: Report) -> Array
 
 
 def _make_score_step(
-    settings: Settings, denoise: Denoiser, generate: Generate, update: Update, sharding: jax.sharding.Sharding | None
+    settings: Settings, denoise: Denoiser, generate: Generate, update: Update
 ) -> Callable[[EMDState, Batch, Key, Array], tuple[EMDState, Metrics]]:
     """`score_updates` steps of eq. 1, each on samples of its own."""
     dsm = edm.Settings(weighting=settings.weighting, weighting_options=settings.weighting_options)
@@ -281,7 +280,7 @@ def _make_score_step(
             sigma = noise_levels.draw(
                 jax.random.fold_in(key, 2), settings.batch_size, settings.distribution, **settings.distribution_options
             )
-            z, noise, sigma, cond = _spread((z, noise, sigma, cond), sharding)
+            z, noise, sigma, cond = sharding.spread((z, noise, sigma, cond))
             image = jax.lax.stop_gradient(generate(state.params, z, cond))
             dropout_key = jax.random.fold_in(key, 3) if settings.dropout else None
             loss, grads = jax.value_and_grad(objective)(carry[0], image, sigma, noise, cond, dropout_key)
@@ -322,14 +321,13 @@ def _make_reweigh(
 
 def _make_regress(
     settings: Settings, teacher_denoise: Denoiser, generate: Generate, regression: Regression | None,
-    sharding: jax.sharding.Sharding | None,
 ) -> Callable[[EMDState, Frozen, Params, Batch, Key], tuple[Params, Metrics]]:  # fmt: skip
     """Adds the gradient of `Regression`, on noise of its own."""
 
     def regress(state: EMDState, frozen: Frozen, grads: Params, batch: Batch, key: Key) -> tuple[Params, Metrics]:
         if regression is None:
             return grads, {}
-        z, cond = _spread(from_noise.draw(settings, key, batch), sharding)
+        z, cond = sharding.spread(from_noise.draw(settings, key, batch))
         target = teacher_images(teacher_denoise, regression.plan, frozen.teacher, z, cond)
 
         def objective(params: Params) -> Array:
@@ -351,10 +349,6 @@ def _chain_metrics(z: Array, end: Sample, report: Report) -> Metrics:
         "gap": jnp.mean(report.gap),
         "nonfinite_sample": first,
     }
-
-
-def _spread(drawn: Any, sharding: jax.sharding.Sharding | None) -> Any:
-    return drawn if sharding is None else jax.lax.with_sharding_constraint(drawn, sharding)
 
 
 def _check(settings: Settings) -> None:

@@ -48,7 +48,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffjax.core import grids, guidance, trees, weighting
+from diffjax.core import grids, guidance, microbatches, trees, weighting
 from diffjax.core.broadcast import per_sample
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods.edm import take_image
@@ -139,13 +139,15 @@ def make(
             cond["guidance_scale"] = jax.random.uniform(scale_key, image.shape[:1], jnp.float32, low, high)
         row = draw(level_key, image.shape[0], image.dtype)
         x = image + per_sample(row.sigma, image) * jax.random.normal(noise_key, image.shape, image.dtype)
-        target = jax.lax.stop_gradient(make_target(frozen, x, row, cond))
 
-        def objective(params: Params) -> Array:
-            pixels = loss(settings, student_denoise, params, x, row.sigma, target, cond, dropout_key)
-            return jnp.sum(pixels) / image.shape[0]
+        def objective(params: Params, frozen: Params, rows: tuple[Array, Row, Cond], key: Key) -> tuple[Array, tuple[()]]:
+            x, row, cond = rows
+            target = jax.lax.stop_gradient(make_target(frozen, x, row, cond))
+            pixels = loss(settings, student_denoise, params, x, row.sigma, target, cond, key)
+            return jnp.sum(pixels) / x.shape[0], ()
 
-        value, grads = jax.value_and_grad(objective)(state.params)
+        given = x, row, cond
+        (value, _), grads = microbatches.value_and_grad(objective, state.params, frozen, given, dropout_key)
         rate = learning_rate(iteration)
         params, opt_state = descend(optimizer, rate, *state, grads)
         values = {"loss": value, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}

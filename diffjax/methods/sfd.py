@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffjax.core import grids, solvers, trees
+from diffjax.core import grids, sharding, solvers, trees
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import from_noise
 from diffjax.methods.update import descend
@@ -115,14 +115,13 @@ def make(
     *,
     perceptual: Distance | None = None,
     grid_options: dict[str, Any] | None = None,
-    batch_sharding: jax.sharding.Sharding | None = None,
 ) -> Method:
     """SFD as a Method: frozen is a Frozen, state an SFDState; batch is empty, or has "target", the teacher's states
     (B, N-1, ...) for the noise of this key (a cache, see `targets`), and then the teacher is not called.
 
     `optimizer` has no learning rate of its own (optax.scale_by_adam()); `learning_rate` maps the iteration to it.
     `perceptual`(params, y, Y) -> (B,) is added at the last level. `grid_options` are the maps of a discrete grid.
-    `batch_sharding` spreads the trajectories, which are drawn inside, over devices; the draws do not depend on it.
+    The trajectories, which are drawn inside, are spread over the devices of a mesh; the draws do not depend on it.
     Metrics, float32: loss (mean of eq. 3 over the noise levels), with one N loss_t<k> (eq. 3 at step k), with several
     num_steps (the N drawn), grad_norm (mean over the updates), learning_rate; nonfinite_leaf (int32), of the earliest
     update that has one. Raises ValueError for settings that cannot work.
@@ -141,8 +140,7 @@ def make(
         state: SFDState, frozen: Frozen, batch: Batch, key: Key, iteration: Array
     ) -> tuple[SFDState, Metrics]:
         noise, cond, dropout_key, which = _draws(settings, key, batch)
-        if batch_sharding is not None:
-            noise, cond = jax.lax.with_sharding_constraint((noise, cond), batch_sharding)
+        noise, cond = sharding.spread((noise, cond))
         targets = jnp.moveaxis(batch["target"], 1, 0) if "target" in batch else None
         rate = learning_rate(iteration)
         arguments = state, frozen, noise, cond, dropout_key, rate, targets

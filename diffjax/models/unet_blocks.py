@@ -74,11 +74,12 @@ class GatedMlp(nnx.Module):
     """(..., D) -> (..., 4 D) gated by as many -> (..., D), exact GELU. Shazeer 2020, eq. 5 ("GEGLU")."""
 
     def __init__(self, width: int, dtype: Any = None, *, rngs: nnx.Rngs):
-        self.expand = Linear(width, 8 * width, init=INIT, dtype=dtype, rngs=rngs)  # [value | gate]
-        self.contract = Linear(4 * width, width, init=INIT, dtype=dtype, rngs=rngs)
+        # [value | gate]
+        self.expand = Linear(width, 8 * width, init=INIT, dtype=dtype, split="columns", rngs=rngs)
+        self.contract = Linear(4 * width, width, init=INIT, dtype=dtype, split="rows", rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
-        value, gate = jnp.split(self.expand(x), 2, axis=-1)
+        value, gate = self.expand.parts(x, 2)
         return self.contract(value * jax.nn.gelu(gate, approximate=False))
 
 
@@ -141,8 +142,8 @@ class PlainAttention(nnx.Module):
 
     def _added(self, x: Array) -> Array:
         b, _, _, c = x.shape
-        qkv = self.qkv(self.norm(x).reshape(b, -1, c))
-        q, k, v = (split_heads(part, self.heads) for part in jnp.split(qkv, 3, axis=-1))
+        parts = self.qkv.parts(self.norm(x).reshape(b, -1, c), 3)
+        q, k, v = (split_heads(part, self.heads) for part in parts)
         return x + self.out(merge_heads(attend(q, k, v))).reshape(x.shape)
 
 

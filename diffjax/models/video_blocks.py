@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from diffjax.core import sharding
 from diffjax.core.types import Array
 from diffjax.models.unet_blocks import GROUPS, INIT, ZERO, TransformerBlock
 from diffjax.nn.attention import attend
@@ -55,7 +56,7 @@ class TemporalConv(nnx.Module):
         dtype = x_BTHWC.dtype if self.dtype is None else self.dtype
         b, t, h, w, _ = x_BTHWC.shape
         y_BTPC = jax.lax.conv_general_dilated(  # frames are the rows of a picture, places its columns
-            x_BTHWC.reshape(b, t, h * w, -1).astype(dtype), self.kernel[...][:, None].astype(dtype), (1, 1),
+            x_BTHWC.reshape(b, t, h * w, -1).astype(dtype), sharding.weight(self.kernel[...], dtype)[:, None], (1, 1),
             [(1, 1), (0, 0)], dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )  # fmt: skip
         y_BTPC = y_BTPC + over_channels(self.bias[...], y_BTPC)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from diffjax.core import sharding
 from diffjax.core.types import Array
 
 
@@ -49,18 +50,31 @@ def _draw(key: Array, size: int, uniform: bool) -> Array:
 
 
 class Linear(nnx.Module):
-    """(..., in) -> (..., out)."""
+    """(..., in) -> (..., out). split: what the axis tensor of a mesh splits, as `core.sharding` says by this layer's path."""
 
     def __init__(
-        self, inputs: int, outputs: int, bias: bool = True, init: Init = Init(), dtype: Any = None, *, rngs: nnx.Rngs
-    ):
-        self.dtype = dtype
+        self, inputs: int, outputs: int, bias: bool = True, init: Init = Init(), dtype: Any = None,
+        split: sharding.Split = "", *, rngs: nnx.Rngs,
+    ):  # fmt: skip
+        self.dtype, self.split = dtype, split
         self.kernel = nnx.Param(init.draw(rngs.params(), (inputs, outputs), inputs, outputs, init.weight))
         self.bias = nnx.Param(init.draw(rngs.params(), (outputs,), inputs, outputs, init.bias)) if bias else None
 
     def __call__(self, x: Array) -> Array:
-        y = rows_times(*_cast(self.dtype, x, self.kernel[...]))
+        y = rows_times(*_cast(self.dtype, x, self.kernel[...], self.split))
         return y if self.bias is None else y + over_channels(self.bias[...], y)
+
+    def parts(self, x: Array, count: int) -> list[Array]:
+        """The output in `count` equal parts; where tensor splits it, each of them is split."""
+        if "tensor" not in sharding.sizes():
+            return jnp.split(self(x), count, axis=-1)
+        x, kernel = _cast(self.dtype, x, self.kernel[...], self.split)
+        kernels = [sharding.columns(part) for part in jnp.split(kernel, count, axis=-1)]
+        products = [rows_times(x, part) for part in kernels]
+        if self.bias is None:
+            return products
+        biases = jnp.split(self.bias[...], count)
+        return [y + over_channels(bias, y) for y, bias in zip(products, biases, strict=True)]
 
 
 class Embedding(nnx.Module):
@@ -170,10 +184,10 @@ def _depthwise(x: Array, gain: np.ndarray, stride: int, pad: int, dilation: int)
     )  # fmt: skip
 
 
-def _cast(dtype: Any, x: Array, kernel: Array) -> tuple[Array, Array]:
+def _cast(dtype: Any, x: Array, kernel: Array, split: sharding.Split = "") -> tuple[Array, Array]:
     """Both in the compute type; None is the type of x."""
     dtype = x.dtype if dtype is None else dtype
-    return x.astype(dtype), kernel.astype(dtype)
+    return x.astype(dtype), sharding.weight(kernel, dtype, split)
 
 
 def over_channels(bias: Array, y: Array) -> Array:

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import nnx
 
+from diffjax.core import sharding
 from diffjax.core.types import Array
 from diffjax.nn.layers import Init, over_channels, rows_times
 from diffjax.nn.transformer import XAVIER
@@ -37,8 +38,8 @@ class PatchEmbedding(nnx.Module):
             raise ValueError(f"found images of {h} x {w}, expected a whole number of patches of {p} x {p}")
         patches = x_BHWC.reshape(b, h // p, p, w // p, p, c).swapaxes(2, 3).reshape(b, -1, p * p * c)
         dtype = x_BHWC.dtype if self.dtype is None else self.dtype
-        kernel = self.kernel[...].reshape(p * p * c, -1)
-        y = rows_times(patches.astype(dtype), kernel.astype(dtype))
+        kernel = sharding.weight(self.kernel[...], dtype).reshape(p * p * c, -1)
+        y = rows_times(patches.astype(dtype), kernel)
         return y if self.bias is None else y + over_channels(self.bias[...], y)
 
 

@@ -43,8 +43,8 @@ class Mlp(nnx.Module):
         init_out: Init | None = None, dtype: Any = None, *, rngs: nnx.Rngs,
     ):  # fmt: skip
         self.activation = activation
-        self.expand = Linear(width, hidden, init=init, dtype=dtype, rngs=rngs)
-        self.contract = Linear(hidden, outputs or width, init=init_out or init, dtype=dtype, rngs=rngs)
+        self.expand = Linear(width, hidden, init=init, dtype=dtype, split="columns", rngs=rngs)
+        self.contract = Linear(hidden, outputs or width, init=init_out or init, dtype=dtype, split="rows", rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.contract(self.activation(self.expand(x)))
@@ -60,14 +60,17 @@ class SelfAttention(nnx.Module):
     ):  # fmt: skip
         inner = inner or width  # of all heads together
         self.heads = heads
-        self.qkv = Linear(width, 3 * inner, bias=bias, init=init, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * inner, bias=bias, init=init, dtype=dtype, split="columns", rngs=rngs)
         self.norm_q = RMSNorm(inner // heads, rngs=rngs) if qk_norm else None
         self.norm_k = RMSNorm(inner // heads, rngs=rngs) if qk_norm else None
-        self.out = Linear(inner, width, bias=out_bias, init=init, dtype=dtype, rngs=rngs) if project_out else None
+        if not project_out:
+            self.out = None
+            return
+        self.out = Linear(inner, width, bias=out_bias, init=init, dtype=dtype, split="rows", rngs=rngs)
 
     def project(self, x_BLD: Array) -> tuple[Array, Array, Array]:
         """Queries, keys and values (B, L, N, C)."""
-        q, k, v = (split_heads(part, self.heads) for part in jnp.split(self.qkv(x_BLD), 3, axis=-1))
+        q, k, v = (split_heads(part, self.heads) for part in self.qkv.parts(x_BLD, 3))
         return (q, k, v) if self.norm_q is None else (self.norm_q(q), self.norm_k(k), v)
 
     def __call__(
@@ -86,18 +89,18 @@ class CrossAttention(nnx.Module):
     ):  # fmt: skip
         inner = inner or width
         self.heads = heads
-        self.q = Linear(width, inner, bias=bias, init=init, dtype=dtype, rngs=rngs)
-        self.kv = Linear(context_width, 2 * inner, bias=bias, init=init, dtype=dtype, rngs=rngs)
+        self.q = Linear(width, inner, bias=bias, init=init, dtype=dtype, split="columns", rngs=rngs)
+        self.kv = Linear(context_width, 2 * inner, bias=bias, init=init, dtype=dtype, split="columns", rngs=rngs)
         self.norm_q = RMSNorm(inner // heads, rngs=rngs) if qk_norm else None
         self.norm_k = RMSNorm(inner // heads, rngs=rngs) if qk_norm else None
-        self.out = Linear(inner, width, init=init_out, dtype=dtype, rngs=rngs)
+        self.out = Linear(inner, width, init=init_out, dtype=dtype, split="rows", rngs=rngs)
 
     def __call__(self, x_BLD: Array, context_BSD: Array, mask_BS: Array | None = None) -> Array:
         return self.look(x_BLD, *self.keys_values(context_BSD), mask_BS)
 
     def keys_values(self, context_BSD: Array) -> tuple[Array, Array]:
         """(B, S, N, C) each."""
-        k, v = (split_heads(part, self.heads) for part in jnp.split(self.kv(context_BSD), 2, axis=-1))
+        k, v = (split_heads(part, self.heads) for part in self.kv.parts(context_BSD, 2))
         return (k, v) if self.norm_k is None else (self.norm_k(k), v)
 
     def look(self, x_BLD: Array, k_BSNC: Array, v_BSNC: Array, mask_BS: Array | None = None) -> Array:

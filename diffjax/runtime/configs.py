@@ -24,6 +24,7 @@ FREE_KEYS = (
     "train.keep_every_steps",
     "train.log_every_steps",
     "train.max_in_flight",
+    "train.mesh",
     "train.num_devices",
     "train.sample_every_steps",
     "train.stall_minutes",

@@ -40,12 +40,17 @@ class JsonlWriter:
         if path.exists():
             kept = [json.dumps(line) for line in read(path) if line["step"] <= step and not line.get("partial")]
             report.write_text(path, "".join(line + "\n" for line in kept))
-        self._file = path.open("a", encoding="utf-8")
+        # without a buffer: what a full disk did not take is not written again when the file is closed
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record. Raises ValueError for a number that is not finite."""
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one record. Raises ValueError for a number that is not finite, OSError where the disk is full."""
+        line = json.dumps(record, allow_nan=False) + "\n"
+        try:
+            self._file.write(line.encode())
+        except OSError as error:
+            text = f"{error.strerror}; make space, then run the same command to go on from the last checkpoint"
+            raise OSError(error.errno, text, str(self._file.name)) from error
 
     def close(self) -> None:
         self._file.close()
@@ -94,17 +99,20 @@ class WandbWriter:
 class Writers:
     """All writers of a run as one context.
 
-    optional: of `OPTIONAL`, beside the JSON lines. Raises ValueError for an unknown name, ImportError for a
+    optional: of `OPTIONAL`, beside the JSON lines. is_first: of several processes only the first writes. Raises ValueError for an unknown name, ImportError for a
     package that is not installed.
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], optional: Sequence[str], step: int, config: Mapping[str, Any]
-    ) -> None:
+        self, workdir: str | os.PathLike[str], optional: Sequence[str], step: int, config: Mapping[str, Any],
+        is_first: bool = True,
+    ) -> None:  # fmt: skip
         unknown = [name for name in optional if name not in OPTIONAL]
         if unknown:
             raise ValueError(f"unknown writer {unknown[0]!r}; {names.nearest(unknown[0], OPTIONAL)}")
         self._writers: list[Writer] = []
+        if not is_first:
+            return
         if "tensorboard" in optional:
             self._writers.append(TensorBoardWriter(workdir, step))
         if "wandb" in optional:

@@ -14,15 +14,17 @@ noise is bit-equal in all cases; outputs are bit-equal for equal chunk sizes on 
 otherwise, since XLA orders the sums of a matrix product by its shape. Several processes each make their own ids.
 """
 
+import contextlib
 import functools
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.core import guidance, rng
+from diffjax.core import guidance, rng, sharding, trees
 from diffjax.core.solvers import Plan
 from diffjax.core.types import Array, Cond, Denoiser, Key, Params
 from diffjax.sampling.sample import sample
@@ -79,8 +81,8 @@ def generate_chunks(
                        `guidance.two_strengths`, whose (0, s) is `uncond`, and (0, 0) that without control metadata too
     transform, finish  of each D, and of the final samples (B, ...) inside the compiled program, as `to_uint8`
     sampler            follows the plan, with the signature of `sampling.sample.sample`
-    mesh               splits every chunk over its axis "data"; parameters are copied to all its devices, unless they
-                       are already laid out on them
+    mesh               splits every chunk over its axes data and fsdp; parameters are laid out on it by their paths, see
+                       `core.sharding`, unless they are on its devices already
     Raises ValueError, before any sampling, for a seed or ids outside 0..2^32-1, lengths or sizes that do not fit,
     labels out of range, and guidance without `uncond`.
     """
@@ -100,9 +102,22 @@ def generate_chunks(
 
     def make(ids: Array, cond: dict[str, Array]) -> Array:
         x, cond, key = _start(tuple(shape), draw, plan.noise is not None, mesh, np.uint32(seed), ids, cond)
-        return _chunk(*fixed, params, plan, x, key, cond, scale, interval)
+        with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _chunk(*fixed, params, plan, x, key, cond, scale, interval)
 
     return _chunks(make, ids, cond, batch_size, mesh)
+
+
+def trace(
+    denoise: Denoiser, params: Params, plan: Plan, x: Any, cond: Mapping[str, Any], guidance_scale: float | None = None,
+    uncond: guidance.Uncond | None = None, sampler: Callable = sample,
+) -> jax.stages.Traced:  # fmt: skip
+    """The program that makes a chunk, of the shapes of its parameters, noise x (B, H, W, C) and conditions: for plans of what
+    it needs. Arguments as `generate_chunks`; nothing is computed."""
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), x.shape[0])) if plan.noise is not None else None
+    fixed = sampler, denoise, uncond if guidance_scale is not None else None, (0, None, None), None, None
+    scale = None if guidance_scale is None else np.float32(guidance_scale)
+    return _chunk.trace(*fixed, params, plan, x, key, dict(cond), scale, None)
 
 
 def to_uint8(images: Array) -> Array:
@@ -130,7 +145,7 @@ def _part(values: np.ndarray, start: int, size: int, mesh: jax.sharding.Mesh | N
     """Rows start..start+size, the last one repeated where they run out, split over the mesh. Scalars hold for all."""
     spec = jax.sharding.PartitionSpec()
     if values.ndim:
-        spec = jax.sharding.PartitionSpec("data")
+        spec = _batch_spec(mesh)
         values = values[start : start + size]
         values = np.pad(values, [(0, size - len(values))] + [(0, 0)] * (values.ndim - 1), mode="edge")
     return values if mesh is None else jax.device_put(values, jax.sharding.NamedSharding(mesh, spec))
@@ -145,7 +160,7 @@ def _start(
     network and is the same for all plans."""
     x = initial_noise(seed, ids, shape)
     if mesh is not None:
-        x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+        x = jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(mesh, _batch_spec(mesh)))
     if draw_classes is not None:
         cond = {**cond, "label": draw_labels(seed, ids, draw_classes)}
     return x, cond, _stream(seed, ids, "solver") if stochastic else None
@@ -179,15 +194,20 @@ def _stream(seed: int | Array, sample_ids: Array, name: str) -> Key:
 
 
 def _on_mesh(params: Params, mesh: jax.sharding.Mesh) -> Params:
-    """Replicate what is not on the devices of `mesh` already, so that a sharded layout of the caller is kept."""
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    devices = set(mesh.devices.flat)
+    """Lay out what is not on the devices of `mesh` already, so that a layout of the caller is kept."""
+    devices, sizes = set(mesh.devices.flat), dict(mesh.shape)
 
-    def place(leaf: Array) -> Array:
+    def place(path: str, leaf: Array) -> Array:
         there = isinstance(leaf, jax.Array) and leaf.sharding.device_set == devices
-        return leaf if there else jax.device_put(leaf, everywhere)
+        where = jax.sharding.NamedSharding(mesh, sharding.spec(path, leaf.shape, sizes))
+        return leaf if there else jax.device_put(leaf, where)
 
-    return jax.tree.map(place, params)
+    placed = [place(path, leaf) for path, leaf in trees.flatten(params).items()]
+    return jax.tree.unflatten(jax.tree.structure(params), placed)
+
+
+def _batch_spec(mesh: jax.sharding.Mesh | None) -> jax.sharding.PartitionSpec:
+    return jax.sharding.PartitionSpec(None if mesh is None else tuple(axis for axis in sharding.BATCH if axis in mesh.shape))
 
 
 def _check_ids(sample_ids: Sequence[int]) -> np.ndarray:
@@ -206,10 +226,11 @@ def _check_sizes(batch_size: int, mesh: jax.sharding.Mesh | None) -> None:
         return
     if "data" not in mesh.shape:
         raise ValueError(f"mesh must have an axis 'data', found {tuple(mesh.shape)}")
-    if batch_size % mesh.shape["data"]:
+    parts = mesh.shape["data"] * mesh.shape.get("fsdp", 1)
+    if batch_size % parts:
         raise ValueError(
-            f"batch_size {batch_size} does not divide over the {mesh.shape['data']} devices of axis 'data': "
-            "take a multiple of it (a last, smaller chunk is padded)"
+            f"batch_size {batch_size} does not divide over the {parts} devices that share it: take a multiple of it (a last, "
+            "smaller chunk is padded)"
         )
 
 

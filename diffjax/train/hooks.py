@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import jax
 import numpy as np
 
 from diffjax.core.types import Batch, Params
@@ -91,7 +92,7 @@ def sample_grid(
 
     def write(step: int, images_seen: int, params: Params) -> None:
         pictures = sample(params)
-        if pictures is not None:
+        if pictures is not None and jax.process_index() == 0:
             path = Path(workdir) / "samples" / f"step_{step:08d}.png"
             images.save_png(path, images.grid(np.asarray(pictures)), [f"{images_seen:,} images"])
 

@@ -7,26 +7,30 @@ from the newest checkpoint, and repeats the uninterrupted run bit by bit: the ch
 position of the data iterator before the next batch, and the step's randomness depends on (seed, step).
 
 The step is compiled once, its state is donated, and the host stays at most `max_in_flight` steps ahead
-of the device.
+of the device. Several processes run the same loop, each with its rows of every batch; the first one writes.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
+import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from diffjax.core import names, trees
+from diffjax.core import trees
 from diffjax.core.types import Batch, Metrics, Params
 from diffjax.data.loader import Batches
-from diffjax.runtime import checkpoint, clock, configs, guards, mesh, progress, writers
+from diffjax.runtime import agreement, checkpoint, checkpoint_read, clock, configs, distributed, guards, mesh, progress, writers
 from diffjax.train.hooks import Hook, Means, RepeatFirst, sample_grid
+from diffjax.train.settings import Settings
 from diffjax.train.state import TrainState, sampling_params
 
 
@@ -54,56 +58,6 @@ class Experiment(NamedTuple):
     tables: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]] = dict
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The section `train` of a config. In images: total_images, rounded up to whole steps.
-
-    0 turns off checkpoint_every_steps, checkpoint_every_minutes, sample_every_steps, keep_every_steps
-    (checkpoints at its multiples are kept for good) and stall_minutes (without a step, the stacks are
-    printed). num_devices 0: all. writers: "tensorboard", "wandb". overfit_one_batch: the first batch for
-    ever. The last state is always saved.
-    """
-
-    batch_size: int
-    total_images: int
-    log_every_steps: int = 100
-    checkpoint_every_steps: int = 1000
-    checkpoint_every_minutes: float = 10.0
-    keep_checkpoints: int = 2
-    keep_every_steps: int = 0
-    sample_every_steps: int = 0
-    stall_minutes: float = 10.0
-    max_in_flight: int = 2
-    num_devices: int = 0
-    writers: Sequence[str] = ()
-    overfit_one_batch: bool = False
-
-    @classmethod
-    def from_config(cls, section: Mapping[str, Any]) -> Self:
-        """Raises ValueError for an unknown key (with the nearest one) or a value out of range."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in section:
-            if key not in known:
-                raise ValueError(f"unknown key train.{key}; {names.nearest(key, known)}")
-        missing = [name for name in ("batch_size", "total_images") if name not in section]
-        if missing:
-            raise ValueError(f"the section train lacks {missing}: set --config.train.{missing[0]}=...")
-        settings = cls(**section)
-        for name in ("batch_size", "total_images", "log_every_steps", "keep_checkpoints"):
-            if getattr(settings, name) < 1:
-                raise ValueError(f"found train.{name} = {getattr(settings, name)}: use 1 or more")
-        for name in known:
-            value = getattr(settings, name)
-            if isinstance(value, int | float) and value < 0:
-                raise ValueError(f"found train.{name} = {value}: use 0 or more")
-        return settings
-
-    @property
-    def total_steps(self) -> int:
-        """Steps that show at least `total_images` images."""
-        return -(-self.total_images // self.batch_size)
-
-
 def run(experiment: Experiment, config: Mapping[str, Any], workdir: str | Path) -> TrainState:
     """Train until `config.train.total_images`, from the newest checkpoint where there is one.
 
@@ -118,16 +72,17 @@ def run(experiment: Experiment, config: Mapping[str, Any], workdir: str | Path) 
             f"the experiment has batches of {experiment.batch_size}, the config of {settings.batch_size}: build "
             "it from this config"
         )
-    devices = mesh.make_mesh(settings.num_devices or None)
+    devices = mesh.make_mesh(settings.num_devices or None, layout=settings.mesh)
     mesh.check_batch_size(settings.batch_size, devices)
-    abstract = _abstract(experiment, devices)
+    abstract = abstract_state(experiment, devices)
     workdir.mkdir(parents=True, exist_ok=True)
     saved = configs.read(workdir)
     if saved is not None:
         configs.check(saved, config, str(workdir / configs.FILE_NAME))
-    checkpoint.check_space(workdir, abstract)
-    restored = checkpoint.read_newest(workdir, abstract, config, _say)
-    configs.write(workdir, config)
+    checkpoint.check_place(workdir, config, abstract)
+    restored = checkpoint_read.read_newest(workdir, abstract, config, _say)
+    if jax.process_index() == 0:
+        configs.write(workdir, config)
     return _train(experiment, settings, config, workdir, devices, restored)
 
 
@@ -137,10 +92,10 @@ def _train(
     config: Mapping[str, Any],
     workdir: Path,
     devices: jax.sharding.Mesh,
-    restored: checkpoint.Restored | None,
+    restored: checkpoint_read.Restored | None,
 ) -> TrainState:
     step = restored.step if restored else 0
-    state = restored.state if restored else _placed(experiment.init(), devices)
+    state = restored.state if restored else first_state(experiment, devices)
     batches = experiment.batches()
     if settings.overfit_one_batch:
         batches = RepeatFirst(batches)
@@ -152,18 +107,18 @@ def _train(
     with contextlib.ExitStack() as stack:
         session = _Session(
             settings=settings,
-            compiled=_compiled(experiment, devices),
-            frozen=jax.device_put(experiment.frozen, mesh.replicated(devices)),
+            compiled=train_step(experiment, devices),
+            frozen=mesh.place(experiment.frozen, mesh.shardings(experiment.frozen, devices)),
             batches=batches,
-            batch_sharding=mesh.batch_sharding(devices),
+            devices=devices,
             hooks=_hooks(experiment, settings, workdir),
             in_flight=guards.InFlight(settings.max_in_flight, paths),
             means=Means(loop.get("means")),
             clock=clock.Clock(loop.get("clock")),
             checkpoints=stack.enter_context(_checkpoints(settings, config, workdir)),
-            log=stack.enter_context(writers.Writers(workdir, settings.writers, step, config)),
+            log=stack.enter_context(_log(settings, workdir, step, config)),
             bar=stack.enter_context(_bar(settings, step)),
-            watchdog=stack.enter_context(guards.Watchdog(60 * settings.stall_minutes)),
+            watchdog=stack.enter_context(guards.Watchdog(60 * settings.stall_minutes, beside=distributed.table)),
             compilations=stack.enter_context(guards.CompileCounter()),
             stop=stack.enter_context(guards.StopSignal()),
         )
@@ -182,6 +137,10 @@ def _checkpoints(settings: Settings, config: Mapping[str, Any], workdir: Path) -
     )
 
 
+def _log(settings: Settings, workdir: Path, step: int, config: Mapping[str, Any]) -> writers.Writers:
+    return writers.Writers(workdir, settings.writers, step, config, is_first=jax.process_index() == 0)
+
+
 def _bar(settings: Settings, step: int) -> progress.Progress:
     return progress.Progress(settings.total_steps * settings.batch_size, step * settings.batch_size)
 
@@ -194,7 +153,7 @@ class _Session:
     compiled: Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
     frozen: Params
     batches: Batches
-    batch_sharding: jax.sharding.Sharding
+    devices: jax.sharding.Mesh
     hooks: Sequence[Hook]
     in_flight: guards.InFlight
     means: Means
@@ -206,14 +165,19 @@ class _Session:
     compilations: guards.CompileCounter
     stop: guards.StopSignal
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    heard: set[str] = dataclasses.field(default_factory=set)
+    recent: collections.deque[Batch] = dataclasses.field(init=False)
     expected_compilations: int = 1
+
+    def __post_init__(self) -> None:
+        self.recent = collections.deque(maxlen=self.settings.max_in_flight + 1)
 
     def train(self, step: int, state: TrainState) -> TrainState:
         """Steps from `step` to the end; saves the last state."""
         while step < self.settings.total_steps:
             self._end_if_stopped(step, state)
             batch = self._draw(step)
-            with self.clock.account("train"):
+            with self.clock.account("train"), self._blame():
                 state, metrics = self.compiled(state, self.frozen, batch)
                 step += 1
                 done = self.in_flight.push(step, metrics)
@@ -235,31 +199,60 @@ class _Session:
                     f"the data ended after step {step} of {self.settings.total_steps}: let the iterator repeat, or "
                     f"set --config.train.total_images={step * self.settings.batch_size}"
                 ) from error
-            return jax.device_put(dict(batch), self.batch_sharding)
+            return self._placed(batch)
+
+    def _placed(self, batch: Batch) -> Batch:
+        """On the devices; of several processes each gives its rows, and its wishes."""
+        where, size = mesh.batch_sharding(self.devices), self.settings.batch_size
+        if not self.is_one_of_several:
+            return jax.device_put(dict(batch), where)
+        own = {name: np.asarray(rows) for name, rows in batch.items()}
+        self.recent.append(own)
+        placed = {
+            name: jax.make_array_from_process_local_data(where, rows, (size, *rows.shape[1:])) for name, rows in own.items()
+        }
+        return placed | {agreement.BATCH_KEY: agreement.ballot(self.devices, self._own_wishes())}
+
+    @property
+    def is_one_of_several(self) -> bool:
+        """Whether other processes have to do the same."""
+        return jax.process_count() > 1
+
+    def _own_wishes(self) -> set[str]:
+        minutes = self.settings.checkpoint_every_minutes
+        by_time = minutes and time.monotonic() - self.saved_at >= 60 * minutes
+        return {kind for kind, wished in zip(agreement.KINDS, (self.stop.received, by_time), strict=True) if wished}
+
+    def _agreed(self) -> set[str]:
+        """What is to be done at this step: a process alone does as it wishes, several what came back with the metrics."""
+        return self.heard if self.is_one_of_several else self._own_wishes()
 
     def _after(self, step: int, state: TrainState) -> None:
         """Periodic work of a step boundary: hooks before the checkpoint, so that their lines are in the log."""
         self.watchdog.beat()
+        distributed.beat(step)
         self.bar.update(step * self.settings.batch_size)
         self.checkpoints.check()
+        if self.checkpoints.last_step is not None and not self.checkpoints.is_writing:
+            distributed.saved(self.checkpoints.last_step)
         due = [hook for hook in self.hooks if hook.due(step)]
         if due:
             self._settle()
+            params = mesh.local_copy(sampling_params(state))
         for hook in due:
             with self.clock.account("hooks"):
-                metrics = hook.call(step, step * self.settings.batch_size, sampling_params(state))
+                metrics = hook.call(step, step * self.settings.batch_size, params)
             if metrics:
                 self._write(step, metrics)
             self.watchdog.beat()
-        every, minutes = self.settings.checkpoint_every_steps, self.settings.checkpoint_every_minutes
-        by_time = minutes and time.monotonic() - self.saved_at >= 60 * minutes
-        if by_time or (every and step % every == 0):
+        every = self.settings.checkpoint_every_steps
+        if "save" in self._agreed() or (every and step % every == 0):
             self._save(step, state)
 
     def _end_if_stopped(self, step: int, state: TrainState) -> None:
-        name = self.stop.received
-        if name is None:
+        if "stop" not in self._agreed():
             return
+        name = self.stop.received or "a signal to another process"
         self._save(step, state)
         self.checkpoints.close()
         self.bar.say(f"{name}: saved step {step:,} of {self.settings.total_steps:,}; run the same command to go on")
@@ -272,16 +265,30 @@ class _Session:
         with self.clock.account("checkpoint"):
             loop = {"means": self.means.state(), "clock": self.clock.state()}
             self.checkpoints.save(step, state, self.batches.get_state(), loop)
-        self.saved_at = time.monotonic()
+        self.saved_at, self.heard = time.monotonic(), self.heard - {"save"}
 
     def _settle(self) -> None:
         """Wait for the steps in flight and log them: only a state known to be finite is used further."""
-        with self.clock.account("train"):
+        with self.clock.account("train"), self._blame():
             done = self.in_flight.drain()
         self._record(done)
 
+    @contextlib.contextmanager
+    def _blame(self) -> Iterator[None]:
+        """Of several processes each says whether what it fed in was finite: a sum over all does not tell whose was not."""
+        try:
+            yield
+        except guards.NonFiniteError as error:
+            if not self.is_one_of_several:
+                raise
+            bad = {name for batch in self.recent for name, rows in batch.items() if not np.isfinite(rows).all()}
+            found = f"its own part of the last batches holds no number in {sorted(bad)}" if bad else "its own data is finite"
+            where = f"process {jax.process_index()} of {jax.process_count()} ({socket.gethostname()})"
+            raise guards.NonFiniteError(f"{error}. On {where}: {found}") from error
+
     def _record(self, done: list[tuple[int, dict[str, float]]]) -> None:
         for step, metrics in done:
+            self.heard |= agreement.take(metrics)
             self.means.add(metrics)
             if step % self.settings.log_every_steps == 0:
                 self._write(step, self.means.mean())
@@ -303,36 +310,44 @@ class _Session:
             )
 
 
-def _compiled(
+def train_step(
     experiment: Experiment, devices: jax.sharding.Mesh
 ) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
-    everywhere = mesh.replicated(devices)
+    """The program of a run's steps on a mesh. It takes a state and parameters laid out by `mesh.shardings`, batches by
+    `mesh.batch_sharding`; the state is donated, metrics are everywhere."""
+    states = mesh.shardings(jax.eval_shape(experiment.init), devices)
 
     # the name under which compilations are counted
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(everywhere, everywhere))
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(states, mesh.replicated(devices)))
     def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
-        return experiment.step(state, frozen, batch)
+        rest = {name: value for name, value in batch.items() if name != agreement.BATCH_KEY}
+        with jax.sharding.use_abstract_mesh(devices.abstract_mesh):  # which `core.sharding` and attention read
+            state, metrics = experiment.step(state, frozen, rest)
+        return state, metrics if len(rest) == len(batch) else metrics | agreement.count(batch[agreement.BATCH_KEY])
 
     return train_step
 
 
-def _abstract(experiment: Experiment, devices: jax.sharding.Mesh) -> TrainState:
-    everywhere = mesh.replicated(devices)
+def abstract_state(experiment: Experiment, devices: jax.sharding.Mesh) -> TrainState:
+    """Shapes and types of the state, and where its arrays lie on a mesh."""
     shapes = jax.eval_shape(experiment.init)
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), shapes)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), shapes, mesh.shardings(shapes, devices)
+    )
 
 
-def _placed(state: TrainState, devices: jax.sharding.Mesh) -> TrainState:
-    """Own copies on every device: the step gives the state's memory away, and a student may start as its teacher.
+def first_state(experiment: Experiment, devices: jax.sharding.Mesh) -> TrainState:
+    """Own copies on the devices: the step gives the state's memory away, and a student may start as its teacher.
 
     Weak types end here; the first step would return strong ones and the second compile again.
     """
-    copies = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), state)
-    return jax.device_put(copies, mesh.replicated(devices), may_alias=False)
+    state = jax.tree.map(lambda leaf: jnp.array(leaf, dtype=leaf.dtype, copy=True), experiment.init())
+    return mesh.place(state, mesh.shardings(state, devices))
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 _STEP_NAME = "train_step"

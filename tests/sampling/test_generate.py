@@ -220,7 +220,7 @@ def test_transform_and_finish():
         ({"seed": -1}, "seed must be an integer in 0..2.32-1, found -1"),
         ({"seed": 2**32}, "seed must be an integer in 0..2.32-1, found 4294967296"),
         ({"batch_size": 0}, "batch_size must be a positive integer, found 0"),
-        ({"mesh": "data", "batch_size": 3}, "batch_size 3 does not divide over the 2 devices of axis 'data': take a"),
+        ({"mesh": "data", "batch_size": 3}, "batch_size 3 does not divide over the 2 devices that share it: take a"),
         ({"mesh": "model"}, r"mesh must have an axis 'data', found \('model',\)"),
     ],
 )
