@@ -40,5 +40,4 @@ def get_config(arg: str = "deterministic") -> ConfigDict:
     config.batch_size = 125  # of a device
     config.num_devices = 0  # all
     config.save_every_s = 60.0
-    config.distributed = ConfigDict({"coordinator": "", "num_processes": 0, "process_id": 0})
     return config

@@ -107,15 +107,6 @@ def place() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def join_processes(coordinator: str, num_processes: int = 1, process_id: int = 0) -> None:
-    """Make this one of several processes, before anything else is computed. coordinator: host:port of process 0, or
-    "auto" to ask what runs the job (a TPU pod, Slurm)."""
-    if coordinator == "auto":
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
-
-
 def share(count: int, process: int, processes: int) -> tuple[int, int]:
     """(first, one behind the last) of `count` images that this process has: whole blocks of `stats.BLOCK`, or none."""
     blocks = -(-count // stats.BLOCK)

@@ -10,6 +10,7 @@ steps; "metrics", FID and its kin of runs and of folders of images or videos.
 Needs finished runs, named in the config. Writes report.md, report.json and pictures into the folder.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,12 +18,14 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 
 from diffjax.cli import flags
+from diffjax.runtime import launchers
 
 
 def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
     flags.define_config(values, argv, new_keys=False)
     flags.define_workdir(values, "folder of the report")
+    flags.define_processes(values)
     absl_flags.DEFINE_bool("dry_run", False, "list what would be sampled, and end", flag_values=values)
 
 
@@ -40,9 +43,15 @@ def main(values: absl_flags.FlagValues) -> None:
         for entry in kind.entries(config):
             print(f"{entry.method:24s} calls {', '.join(map(str, entry.plans))}")
         return
+    if kind is not metrics and (place := launchers.find(os.environ, values.processes)):
+        raise ValueError(
+            f"found {place.num_processes} processes ({place.how}), but only the report 'metrics' is made by several: start "
+            "one, or type --processes=one"
+        )
     command = shlex.join(["python", "-m", "diffjax.cli.evaluate", *sys.argv[1:]])
-    path = kind.compare(config, workdir, command, progress=lambda text: print(text, file=sys.stderr, flush=True))
-    print(f"report: {path}")
+    with flags.joined(values, config):
+        path = kind.compare(config, workdir, command, progress=lambda text: print(text, file=sys.stderr, flush=True))
+        print(f"report: {path}")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,29 @@ A command that takes words beside flags names them in POSITIONAL, and gets them 
 out) with flags.run(__doc__, define, main, positional=POSITIONAL). Words whose name is in brackets may be left out.
 
 Errors that diffjax (or a config) raises on purpose end the command with code 2 and their message; `--traceback` shows
-where they come from. Any other error is a bug and keeps its stack.
+where they come from. An error with an `exit_code` of its own ends with that. Any other error is a bug and keeps its
+stack.
 """
 
+import contextlib
 import difflib
+import os
 import re
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from diffjax.core import names
-from diffjax.runtime import xla
+from diffjax.runtime import launchers, xla
+
+if TYPE_CHECKING:
+    from diffjax.runtime.distributed import Ending
 
 USAGE_ERROR = 2
 # valid in every config, though none writes it down: see runtime.configs
@@ -43,8 +49,8 @@ def run(
     argv: Sequence[str] | None = None,
     positional: Sequence[str] = (),
 ) -> int:
-    """Parse `argv` (default: sys.argv) and call `main(values, *words)`; returns the exit code: 0, or 2 after an error
-    message.
+    """Parse `argv` (default: sys.argv) and call `main(values, *words)`; returns the exit code: 0, or after an error
+    message 2 or what the error asks for.
 
     doc: the help text. define: adds the command's flags. positional: names of the words that the command takes beside
     its flags, all of them needed but those like "[FOLDER]". With --print_config the command ends after the config.
@@ -69,7 +75,7 @@ def run(
         if "--traceback" in argv or not _is_message(error):
             raise
         print(f"error: {_text(error)}", file=sys.stderr)
-        return USAGE_ERROR
+        return getattr(error, "exit_code", USAGE_ERROR)
     return 0
 
 
@@ -95,6 +101,44 @@ def define_config(values: absl_flags.FlagValues, argv: Sequence[str], *, new_key
 def define_workdir(values: absl_flags.FlagValues, help_text: str) -> None:
     """Add --workdir=FOLDER."""
     absl_flags.DEFINE_string("workdir", None, help_text, flag_values=values)
+
+
+def define_processes(values: absl_flags.FlagValues) -> None:
+    """Add --processes=HOW, for commands that several processes can do together."""
+    absl_flags.DEFINE_enum(
+        "processes",
+        "auto",
+        launchers.HOW,
+        "what started this process beside others, see diffjax.runtime.launchers; auto: what the environment says",
+        flag_values=values,
+    )
+
+
+@contextlib.contextmanager
+def joined(values: absl_flags.FlagValues, config: ConfigDict) -> Iterator[None]:
+    """Do the work inside together with the other processes that --processes finds, all with the same config; see
+    `diffjax.runtime.distributed`. Raises ValueError, TogetherError."""
+    place = launchers.find(os.environ, values.processes)
+    if place is None:
+        yield
+        return
+    from diffjax.runtime import distributed  # imports JAX
+
+    with distributed.session(place, {"config": expand(config)}, ending=ending(values)):
+        yield
+
+
+def ending(values: absl_flags.FlagValues) -> Callable[[BaseException], "Ending"]:
+    """For `distributed.session`: message and exit code of an error as `run` has them."""
+    from diffjax.runtime import distributed
+
+    def ending(error: BaseException) -> "Ending":
+        if _is_message(error):
+            code = getattr(error, "exit_code", USAGE_ERROR)
+            return distributed.Ending(_text(error), code, stack=values.traceback)
+        return distributed.ending(error)
+
+    return ending
 
 
 def needed(values: absl_flags.FlagValues, name: str, example: str) -> Any:

@@ -13,7 +13,6 @@ written out in the table `protocols`. A config has
                  spaces that name none of their own; path and images together: statistics of one, features of the other
     beside       folders of earlier evaluations whose rows are shown too, refused where their protocols differ
     seeds, num_samples, batch_size (of a device), num_devices (0 = all), save_every_s
-    distributed  {"coordinator": "" for one process, host:port or "auto", "num_processes", "process_id"}
 
 What one set cannot give (an unreadable file, a NaN) is named in the end; the rows of the others are written before.
 """
@@ -33,13 +32,14 @@ from diffjax.cli import metric_plots
 from diffjax.core import names
 from diffjax.data import texts
 from diffjax.metrics import protocol
-from diffjax.runtime import checkpoint, progress
+from diffjax.runtime import checkpoint, distributed, progress
 
 _SWEPT = ("num_steps", "guidance_scale")
 _KINDS = ("run", "model", "images", "videos")
 _SET = (*_KINDS, *_SWEPT, "checkpoints", "sample", "prompts", "channels")
 _SPACE = ("metrics", "weights", "resize", "reference", "options")
 _STATE = "state"
+_REPORT_TIMEOUT_S = 600
 
 
 class Case(NamedTuple):
@@ -245,14 +245,13 @@ def compare(
     Raises as `measure`; IncompleteError, behind the report, where some sets could not be measured.
     """
     start = time.perf_counter()
-    if config.distributed.coordinator:
-        streams.join_processes(**config.distributed.to_dict())
     rows, failed = measure(config, workdir, progress)
     path = workdir / "report.md"
     if streams.place()[0] == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         path = metric_plots.write(workdir, rows, failed, command, time.perf_counter() - start)
     if failed:
+        distributed.barrier("report of metrics", _REPORT_TIMEOUT_S)  # the first error ends all processes
         lines = "; ".join(f"{row['run']} ({row['case']}): {row['reason']}" for row in failed)
         raise IncompleteError(f"{len(failed)} of the sets could not be measured, the others are in {path}: {lines}")
     return path

@@ -33,6 +33,7 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
     flags.define_config(values, argv, new_keys=True)
     flags.define_workdir(values, "folder of the run")
+    flags.define_processes(values)
     absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", flag_values=values)
 
 
@@ -44,8 +45,9 @@ def main(values: absl_flags.FlagValues) -> None:
         print(describe(config, workdir))
         return
     command = shlex.join(["python", "-m", "diffjax.cli.train", *sys.argv[1:]])
-    train_and_evaluate(config, workdir, command=command)
-    print(f"report: {workdir / 'report.md'}")
+    with flags.joined(values, config):
+        train_and_evaluate(config, workdir, command=command)
+        print(f"report: {workdir / 'report.md'}")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, command: str = "") -> "TrainState":
@@ -55,8 +57,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, c
     ConfigChangedError for a config, data or folder that does not fit, before long work; NonFiniteError when the
     training diverges; SystemExit with code 75 after SIGTERM (saved).
     """
+    import jax
+
     from diffjax import build
-    from diffjax.runtime import checkpoint, images
+    from diffjax.runtime import checkpoint, images, mesh
     from diffjax.train import loop
     from diffjax.train.state import sampling_params
 
@@ -65,7 +69,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, c
     if not checkpoint.steps(workdir) and (warning := experiment.warning()):
         print(warning, file=sys.stderr, flush=True)
     state = loop.run(experiment, config, workdir)
-    pictures = None if experiment.sample is None else experiment.sample(sampling_params(state))
+    params = mesh.local_copy(sampling_params(state))
+    pictures = None if experiment.sample is None else experiment.sample(params)
+    if jax.process_index():  # the first process writes
+        return state
     if pictures is not None:
         images.save_png(workdir / "samples" / "final.png", images.grid(pictures))
     _write_report(config, workdir, experiment, state, command, pictures is not None)
@@ -82,11 +89,11 @@ def describe(config: ConfigDict, workdir: Path) -> str:
     from diffjax import build
     from diffjax.core import trees
     from diffjax.runtime import checkpoint, configs
-    from diffjax.train import loop
+    from diffjax.train.settings import Settings
 
     config = build.resolve(config)
     experiment = build.experiment(config)
-    settings = loop.Settings.from_config(config.train.to_dict())
+    settings = Settings.from_config(config.train.to_dict())
     state = jax.eval_shape(experiment.init)
     batch = next(experiment.batches())
     jax.eval_shape(experiment.step, state, experiment.frozen, batch)

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self, TextIO
 
@@ -25,6 +25,8 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 class NonFiniteError(RuntimeError):
     """A metric, gradient or saved array is not finite; the message says which, and at what step."""
+
+    exit_code = 1
 
 
 class Preempted(SystemExit):
@@ -131,20 +133,25 @@ class Watchdog:
     """Context that prints the stacks of all threads when `beat` stays away for `timeout_s` seconds.
 
     It prints (again after each further timeout) and ends nothing: a slow step is not an error.
-    0 turns it off. stream: a real file, default stderr.
+    0 turns it off. stream: a real file, default stderr. beside: a text to print beside the stacks, "" for none:
+    `distributed.table` says which of several processes lags.
     """
 
-    def __init__(self, timeout_s: float, stream: TextIO | None = None) -> None:
-        self._timeout_s, self._stream = timeout_s, stream
+    def __init__(self, timeout_s: float, stream: TextIO | None = None, beside: Callable[[], str] = lambda: "") -> None:
+        self._timeout_s, self._stream, self._beside = timeout_s, stream, beside
         self._armed_at = 0.0
+        self._left = threading.Event()
 
     def __enter__(self) -> Self:
         self._arm()
+        if self._timeout_s:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._left.set()
         if self._timeout_s:
             faulthandler.cancel_dump_traceback_later()
 
@@ -156,9 +163,21 @@ class Watchdog:
 
     def _arm(self) -> None:
         if self._timeout_s:
-            stream = sys.__stderr__ if self._stream is None else self._stream
-            faulthandler.dump_traceback_later(self._timeout_s, repeat=True, file=stream)
+            faulthandler.dump_traceback_later(self._timeout_s, repeat=True, file=self._file())
             self._armed_at = time.monotonic()
+
+    def _file(self) -> TextIO:
+        return sys.__stderr__ if self._stream is None else self._stream
+
+    def _watch(self) -> None:
+        """Print the text beside. The stacks come from a thread that needs no Python: it prints even in a deadlock."""
+        said_at = 0.0
+        while not self._left.wait(self._timeout_s / 10):
+            now = time.monotonic()
+            if now - max(self._armed_at, said_at) > self._timeout_s:
+                said_at = now
+                if text := self._beside():
+                    print(text, file=self._file(), flush=True)
 
 
 class CompileCounter:

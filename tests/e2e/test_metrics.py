@@ -191,6 +191,15 @@ def test_dry_run_lists_the_cases(capsys, monkeypatch, tmp_path):
     assert "num_steps 4, num_steps 6, num_steps 10, num_steps 18" in capsys.readouterr().out
 
 
+def test_only_this_report_is_made_by_several_processes(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    for name, value in {"COORDINATOR": "127.0.0.1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"}.items():
+        monkeypatch.setenv(f"DIFFJAX_{name}", value)
+    argv = ["evaluate", "--config=configs/quick/compare_digits.py", f"--workdir={tmp_path}"]
+    assert flags.run(evaluate.__doc__, evaluate.define, evaluate.main, argv) == 2
+    assert "found 2 processes (hosts), but only the report 'metrics' is made by several" in capsys.readouterr().err
+
+
 def test_two_processes_give_the_values_of_one(runs, config, tmp_path):
     """Each draws its blocks of 1,000 and has a device of its own; both have the same folder."""
     config.sets.teacher.num_steps = (3,)
@@ -204,7 +213,6 @@ def test_two_processes_give_the_values_of_one(runs, config, tmp_path):
         "sets.teacher.run": runs / "teacher", "sets.teacher.num_steps": "(3,)",
         "spaces.classifier.weights": runs / "classifier", "num_samples": 1500, "batch_size": 250, "seeds": "(0,)",
         "num_devices": 1,
-        "distributed.coordinator": f"127.0.0.1:{port}", "distributed.num_processes": 2,
     }  # fmt: skip
     command = [
         sys.executable,
@@ -215,10 +223,11 @@ def test_two_processes_give_the_values_of_one(runs, config, tmp_path):
     ]
     command += [f"--config.{key}={value}" for key, value in changes.items()]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    variables |= {"DIFFJAX_COORDINATOR": f"127.0.0.1:{port}", "DIFFJAX_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen(
-            [*command, f"--config.distributed.process_id={number}"],
-            cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            command, cwd=ROOT, env={**variables, "DIFFJAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for number in range(2)
     ]  # fmt: skip

@@ -105,6 +105,14 @@ def test_a_hang_prints_the_stacks_of_all_threads(tmp_path):
     assert "stuck_in_here" in path.read_text()
 
 
+def test_a_hang_prints_what_stands_beside_again_and_again(tmp_path):
+    path = tmp_path / "stacks.txt"
+    with path.open("w") as stream, guards.Watchdog(0.05, stream, beside=lambda: "process 1 lags"):
+        while path.read_text().count("process 1 lags\n") < 2:
+            time.sleep(0.01)
+    assert "test_a_hang_prints" in path.read_text()
+
+
 def test_the_watchdog_is_quiet_when_off(tmp_path):
     path = tmp_path / "stacks.txt"
     with path.open("w") as stream, guards.Watchdog(0, stream) as watchdog:
