@@ -20,7 +20,7 @@ from diffjax.data import held_out, loader, sources, transforms
 from diffjax.methods import classify
 from diffjax.models import classifier
 from diffjax.nn import functional
-from diffjax.runtime import checkpoint
+from diffjax.runtime import checkpoint_read
 from diffjax.train import hooks
 
 NAME = "classifier"  # of the network, as model.name
@@ -44,7 +44,7 @@ def load(workdir: str | Path) -> Classifier:
     Raises checkpoint.CheckpointError where there is none, ValueError for a run of another method, or weights that do
     not fit.
     """
-    params, saved, _ = checkpoint.load_params(workdir, ema=None)
+    params, saved, _ = checkpoint_read.load_params(workdir, ema=None)
     config = ConfigDict(saved)
     if config.model.name != NAME:
         raise ValueError(

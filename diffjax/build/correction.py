@@ -25,7 +25,7 @@ from diffjax.core.types import Array, Denoiser
 from diffjax.data import sources
 from diffjax.methods import emd
 from diffjax.methods.emd_chain import StepSizes, Weights, make_chain, noise_pair
-from diffjax.runtime import checkpoint, configs, guards
+from diffjax.runtime import checkpoint_read, configs, guards
 from diffjax.sampling import generate
 
 _SHOWN = 10  # seeds in a message
@@ -67,7 +67,7 @@ def load(workdir: str | Path) -> EMDRun:
             f"{workdir} was trained with student_score={method['student_score']!r}, so that it has no student score, "
             "without which there is no chain: give a run with student_score='learned'"
         )
-    (params, score), saved, step = checkpoint.load_parts(workdir, ("method/params", "method/score"))
+    (params, score), saved, step = checkpoint_read.load_parts(workdir, ("method/params", "method/score"))
     config = runs.resolve(ConfigDict(saved))
     data = networks.data_shape(config.data)
     denoise, init = networks.denoiser(config.model, data)

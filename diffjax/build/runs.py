@@ -11,14 +11,14 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from diffjax.build import companions, networks, rescaling
-from diffjax.core import grids, guidance, names, schedules, solvers, trees
+from diffjax.build import companions, networks, planned, rescaling
+from diffjax.core import grids, guidance, names, schedules, solvers
 from diffjax.core.types import Array, Denoiser, Params
 from diffjax.data import sources
 from diffjax.methods import amed, emd
 from diffjax.models import amed_predictor
 from diffjax.nn import functional
-from diffjax.runtime import checkpoint, configs
+from diffjax.runtime import checkpoint
 from diffjax.sampling import adaptive, amed_sampler, few_step, generate, gits, learned_variance
 from diffjax.sampling.sample import sample as follow_plan
 
@@ -50,7 +50,7 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
     Raises checkpoint.CheckpointError where there is none, ValueError where its weights do not fit its config, and for a
     classifier.
     """
-    params, saved, at = checkpoint.load_params(workdir, ema=None, step=step)
+    params, saved, at = planned.read(workdir, step)
     config = resolve(ConfigDict(saved))
     shape = networks.data_shape(config.data)
     if config.method.get("name") == "classify":
@@ -63,11 +63,10 @@ def load_run(workdir: str | Path, step: int | None = None) -> Run:
     if config.method.get("name") == "amed":
         teacher = load_run(config.method.teacher)
         sampler, init = amed_parts(config, shape)
-        trees.check(jax.eval_shape(init, jax.random.key(0)), params, what)
-        params = {"teacher": teacher.params, "predictor": params}
+        params = {"teacher": teacher.params, "predictor": planned.checked(init, params, what)}
         return Run(config, teacher.denoise, params, at, shape, sampler, null_class)
     denoise, init = networks.denoiser(config.model, shape)
-    trees.check(jax.eval_shape(init, jax.random.key(0)), params, what)
+    params = planned.checked(init, params, what)
     return Run(config, denoise, params, at, shape, run_sampler(config.model, shape), null_class)
 
 
@@ -83,7 +82,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
     if config.get("model", {}).get("name") != "teacher":
         return rescaling.follow(config)
     key = "teacher" if "teacher" in config.method else "start"
-    saved = configs.read(config.method[key])
+    saved = planned.config_of(config.method[key])
     if saved is None:
         raise checkpoint.CheckpointError(
             f"config.method.{key} = {config.method[key]!r} holds no run: train it first, or give another folder"

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from diffjax.build import runs
+from diffjax.build import planned, runs
 from diffjax.core import rng, trees
 from diffjax.core.types import Array, Key, Params
 from diffjax.nn import positions
@@ -47,7 +47,7 @@ def start(config: ConfigDict, init: Callable[[Key], Params]) -> Start:
     first run had; CheckpointError for a folder that holds no run.
     """
     folder = config.method.get("start", "")
-    if not folder:
+    if not folder or planned.active():
         return Start(lambda: init(rng.stream(config.seed, "init")))
     run = runs.load_run(folder)
     _check_positions(config, run)

@@ -4,9 +4,12 @@
     python -m diffjax.cli.convert --kind=folder sd15 runs/sd15
     python -m diffjax.cli.convert --kind=dit DiT-XL-2-256x256.pt runs/dit --companions=sd15
     python -m diffjax.cli.convert --export=diffusers runs/sd15_tuned unet.safetensors
+    python -m diffjax.cli.convert --export=diffjax runs/digits_teacher digits.safetensors
 
 Arguments are the published file and the folder to make, which must not exist; diffjax.cli.sample takes it as its
 workdir, and a config of SFD as its method.teacher. With --export they are a run and the file to make.
+
+diffjax: what --export=diffjax writes.
 
 edm: the network pickles of NVlabs/edm (DDPM++, NCSN++ and ADM; EDM, VP and VE preconditioning). A pickle can hold
 programs: nothing in it is executed, and a file that asks for it is refused.
@@ -21,12 +24,14 @@ sd_v1, sd_v2, sdxl, ldm4g, ldm_bedroom: single files of CompVis and Stability AI
 where the file has averages; --companions as above.
 
 --export=diffusers or original writes the network of a run, averaged where it has averages, as .safetensors with the names
-and shapes that diffusers' class or the authors' file of it has.
+and shapes that diffusers' class or the authors' file of it has. --export=diffjax does so for any run, with our own names,
+"enc/conv0/kernel", and its config as JSON in the file's metadata; --kind=diffjax makes a run folder of such a file again.
 
 With --dry_run the file is read and checked, and nothing is written.
 """
 
 import functools
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -42,13 +47,14 @@ if TYPE_CHECKING:
     from diffjax.weights import load
 
 POSITIONAL = ("FILE", "FOLDER")
+_OWN = "diffjax"
 _UNFINISHED = ".unfinished"  # end of the folder's name while it is written
 
 
 def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     """Flags of this command."""
     absl_flags.DEFINE_string("kind", None, f"what the file is: {', '.join(KINDS)}", flag_values=values)
-    absl_flags.DEFINE_string("export", None, "write a run's weights by names of: diffusers, original", flag_values=values)
+    absl_flags.DEFINE_string("export", None, "write a run's weights by names of: diffusers, original, diffjax", flag_values=values)
     absl_flags.DEFINE_string("companions", None, "single files: folder of the autoencoder and text encoder", flag_values=values)
     absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", flag_values=values)
 
@@ -79,15 +85,45 @@ def _export(values: absl_flags.FlagValues, workdir: Path, file: Path) -> None:
         raise ValueError(f"found {file}, expected a name that ends with .safetensors")
     if file.exists():
         raise FileExistsError(f"{file} exists and is not overwritten: choose another name, or remove it")
-    run = build.load_run(workdir)
-    weights = build.write_weights(run, values.export)
+    if values.export == _OWN:
+        weights, metadata, step = _own_names(workdir)
+    else:
+        run = build.load_run(workdir)
+        weights, metadata, step = build.write_weights(run, values.export), {}, run.step
     numbers = sum(array.size for array in weights.values())
-    print(f"{workdir}, step {run.step:,}: {run.config.model.name}, {len(weights)} arrays of {numbers:,} numbers")
+    print(f"{workdir}, step {step:,}: {len(weights)} arrays of {numbers:,} numbers")
     if values.dry_run:
         print(f"{file} was not written: leave --dry_run out to write it")
         return
-    load.save(file, weights, {"format": "pt"})
+    load.save(file, weights, metadata)
     print(f"wrote {file}")
+
+
+def _own_names(workdir: Path) -> tuple[dict[str, Any], dict[str, str], int]:
+    """(path -> array, metadata, step) of the weights to sample with, of a run of any kind."""
+    from ml_collections import ConfigDict
+
+    from diffjax import build
+    from diffjax.core import trees
+    from diffjax.runtime import checkpoint_read
+
+    params, saved, step = checkpoint_read.load_params(workdir, ema=None)
+    config = build.resolve(ConfigDict(saved)).to_dict()
+    config.get("train", {}).pop("checkpoint_folder", None)  # another run's checkpoints do not belong there
+    return trees.flatten(params), {"config": json.dumps(config), "step": str(step)}, step
+
+
+def _own(file: Path, companions: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    import numpy as np
+
+    from diffjax.core import trees
+    from diffjax.weights import load
+
+    _no_companions(companions)
+    config = load.metadata(file).get("config")
+    if config is None:
+        raise ValueError(f"{file} says no config in its metadata: expected a file written with --export={_OWN}")
+    return json.loads(config), trees.nest({path: np.asarray(array) for path, array in load.read(file).items()})
 
 
 def _check_new(folder: Path) -> None:
@@ -203,7 +239,7 @@ def _unfinished(folder: Path) -> Path:
 
 _UNETS = ("sd_v1", "sd_v2", "sdxl", "ldm4g", "ldm_bedroom")
 KINDS = {
-    "edm": _edm, "folder": _folder,
+    "edm": _edm, "folder": _folder, _OWN: _own,
     **{kind: functools.partial(_authors, kind) for kind in ("dit", "mdt", "pixart", "sd3")},
     **{kind: functools.partial(_unet, kind) for kind in _UNETS},
 }  # fmt: skip

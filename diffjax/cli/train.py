@@ -34,6 +34,9 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     flags.define_config(values, argv, new_keys=True)
     flags.define_workdir(values, "folder of the run")
     flags.define_processes(values)
+    absl_flags.DEFINE_integer(
+        "profile", 0, "steps to trace into WORKDIR/profile, from the third one on; 0: none", 0, flag_values=values
+    )
     absl_flags.DEFINE_bool("dry_run", False, "check everything, print what would be done, and end", flag_values=values)
 
 
@@ -46,11 +49,13 @@ def main(values: absl_flags.FlagValues) -> None:
         return
     command = shlex.join(["python", "-m", "diffjax.cli.train", *sys.argv[1:]])
     with flags.joined(values, config):
-        train_and_evaluate(config, workdir, command=command)
+        train_and_evaluate(config, workdir, command=command, profile_steps=values.profile)
         print(f"report: {workdir / 'report.md'}")
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, command: str = "") -> "TrainState":
+def train_and_evaluate(
+    config: ConfigDict, workdir: str | os.PathLike[str], *, command: str = "", profile_steps: int = 0
+) -> "TrainState":
     """Train the run in `workdir` from its newest checkpoint to its end, and write its report; returns the last state.
 
     command: what reproduces the run, for the report. Raises ValueError, FileNotFoundError, CheckpointError or
@@ -68,7 +73,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str], *, c
     experiment = build.experiment(config)
     if not checkpoint.steps(workdir) and (warning := experiment.warning()):
         print(warning, file=sys.stderr, flush=True)
-    state = loop.run(experiment, config, workdir)
+    state = loop.run(experiment, config, workdir, profile_steps)
     params = mesh.local_copy(sampling_params(state))
     pictures = None if experiment.sample is None else experiment.sample(params)
     if jax.process_index():  # the first process writes
@@ -127,6 +132,7 @@ def _write_report(
         "parameters": trees.count(state.method.params),
         "seconds": records[-1]["time"].get("total_s"),
         "images_per_s": records[-1]["time"].get("images_per_s"),
+        "goodput": records[-1]["time"].get("goodput"),
         "loss": next((record["loss"] for record in reversed(records) if "loss" in record), None),
     }
     sections = [

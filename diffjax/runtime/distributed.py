@@ -33,6 +33,8 @@ _END_TIMEOUT_S = 1800.0  # that those who are done wait for the last, which live
 _INITIALIZE_S = 60
 # what XLA raises for a mistake of this process alone; any other status may come from a lost one
 _OWN_FAULT = re.compile(r"(RESOURCE_EXHAUSTED|INVALID_ARGUMENT|UNIMPLEMENTED|NOT_FOUND)\b")
+# the first collective waits half a minute for the slowest host
+_LATE = re.compile(r"DEADLINE_EXCEEDED|Gloo context initialization failed|Getting local topologies failed")
 _STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")
 
 _peers: heartbeat.Peers | None = None
@@ -173,6 +175,8 @@ def _fail(error: BaseException, ending: Callable[[BaseException], Ending]) -> No
     if _collective_broke(error):
         time.sleep(1.5 * _peers.lost_after_s)
     end = ending(error)
+    if _LATE.search(end.text):
+        end = Ending(f"{end.text}\nThe processes did not meet in time: run the same command again", PREEMPTED_EXIT_CODE)
     _peers.fail(end.text, end.code)
     if end.stack:
         traceback.print_exception(error)

@@ -124,11 +124,12 @@ def write_report(
     sections: Sequence[tuple[str, str]],
     tables: Tables,
     environment: Mapping[str, Any] | None = None,
+    name: str = "report",
 ) -> Path:
     """Write `report.md` and `report.json` into `folder` (made if absent); returns the Markdown path.
 
     sections: (heading, Markdown text) in order. tables: name -> rows, each a dict of plain values.
-    environment: default `environment()`. Each file is replaced atomically.
+    environment: default `environment()`. name: of the files. Each is replaced atomically.
     Raises ValueError for a placeholder without table, TypeError for a value JSON cannot hold.
     """
     facts = plain(_environment() if environment is None else environment)
@@ -139,14 +140,14 @@ def write_report(
     if unknown:
         raise ValueError(f"sections place the tables {unknown}, found only {sorted(figures)}; pass them in tables=")
     body = _PLACEHOLDER.sub(lambda match: markdown_table(figures[match.group(1)]), body)
-    rest = [f"## {name}\n\n{markdown_table(rows)}" for name, rows in figures.items() if name not in placed]
+    rest = [f"## {table}\n\n{markdown_table(rows)}" for table, rows in figures.items() if table not in placed]
     facts_text = "## Environment\n\n" + "\n".join(f"- {key}: {_fact(value)}" for key, value in facts.items())
     text = "\n\n".join(part for part in (f"# {title}", body, *rest, facts_text) if part) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "report.json", json.dumps({"environment": facts, "tables": figures}, indent=1) + "\n")
-    write_text(folder / "report.md", text)
-    return folder / "report.md"
+    write_text(folder / f"{name}.json", json.dumps({"environment": facts, "tables": figures}, indent=1) + "\n")
+    write_text(folder / f"{name}.md", text)
+    return folder / f"{name}.md"
 
 
 _environment = environment  # write_report's argument of that name hides the function

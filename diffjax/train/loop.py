@@ -28,7 +28,7 @@ import numpy as np
 from diffjax.core import trees
 from diffjax.core.types import Batch, Metrics, Params
 from diffjax.data.loader import Batches
-from diffjax.runtime import agreement, checkpoint, checkpoint_read, clock, configs, distributed, guards, mesh, progress, writers
+from diffjax.runtime import agreement, checkpoint, checkpoint_read, clock, configs, distributed, guards, mesh, profile, progress, writers
 from diffjax.train.hooks import Hook, Means, RepeatFirst, sample_grid
 from diffjax.train.settings import Settings
 from diffjax.train.state import TrainState, sampling_params
@@ -58,13 +58,16 @@ class Experiment(NamedTuple):
     tables: Callable[[], Mapping[str, Sequence[Mapping[str, Any]]]] = dict
 
 
-def run(experiment: Experiment, config: Mapping[str, Any], workdir: str | Path) -> TrainState:
+def run(
+    experiment: Experiment, config: Mapping[str, Any], workdir: str | Path, profile_steps: int = 0
+) -> TrainState:
     """Train until `config.train.total_images`, from the newest checkpoint where there is one.
 
     Returns the last state. Raises configs.ConfigChangedError for the folder of another config,
     checkpoint.CheckpointError (see there), guards.NonFiniteError (nothing non-finite is saved),
     guards.Preempted after SIGTERM or SIGINT (saved; ends the process with code 75).
     """
+    started = time.monotonic()
     config, workdir = configs.to_plain(config), Path(workdir)
     settings = Settings.from_config(config["train"])
     if settings.batch_size != experiment.batch_size:
@@ -83,7 +86,7 @@ def run(experiment: Experiment, config: Mapping[str, Any], workdir: str | Path) 
     restored = checkpoint_read.read_newest(workdir, abstract, config, _say)
     if jax.process_index() == 0:
         configs.write(workdir, config)
-    return _train(experiment, settings, config, workdir, devices, restored)
+    return _train(experiment, settings, config, workdir, devices, restored, started, profile_steps)
 
 
 def _train(
@@ -93,6 +96,8 @@ def _train(
     workdir: Path,
     devices: jax.sharding.Mesh,
     restored: checkpoint_read.Restored | None,
+    started: float,
+    profile_steps: int,
 ) -> TrainState:
     step = restored.step if restored else 0
     state = restored.state if restored else first_state(experiment, devices)
@@ -114,13 +119,15 @@ def _train(
             hooks=_hooks(experiment, settings, workdir),
             in_flight=guards.InFlight(settings.max_in_flight, paths),
             means=Means(loop.get("means")),
-            clock=clock.Clock(loop.get("clock")),
+            clock=clock.Clock(clock.carried_over(workdir, loop.get("clock"), _say), started),
+            workdir=workdir,
             checkpoints=stack.enter_context(_checkpoints(settings, config, workdir)),
             log=stack.enter_context(_log(settings, workdir, step, config)),
             bar=stack.enter_context(_bar(settings, step)),
             watchdog=stack.enter_context(guards.Watchdog(60 * settings.stall_minutes, beside=distributed.table)),
             compilations=stack.enter_context(guards.CompileCounter()),
             stop=stack.enter_context(guards.StopSignal()),
+            profile=stack.enter_context(profile.Profile(workdir, profile_steps, _say)),
         )
         return session.train(step, state)
 
@@ -164,6 +171,8 @@ class _Session:
     watchdog: guards.Watchdog
     compilations: guards.CompileCounter
     stop: guards.StopSignal
+    workdir: Path
+    profile: profile.Profile
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     heard: set[str] = dataclasses.field(default_factory=set)
     recent: collections.deque[Batch] = dataclasses.field(init=False)
@@ -177,11 +186,12 @@ class _Session:
         while step < self.settings.total_steps:
             self._end_if_stopped(step, state)
             batch = self._draw(step)
-            with self.clock.account("train"), self._blame():
+            with self.clock.account("train" if self.compilations.count(_STEP_NAME) else "compile"), self._blame():
                 state, metrics = self.compiled(state, self.frozen, batch)
                 step += 1
                 done = self.in_flight.push(step, metrics)
             self._record(done)
+            self.profile.step(step, self._settle)
             self._after(step, state)
         self._settle()
         if self.means.count:
@@ -266,6 +276,11 @@ class _Session:
             loop = {"means": self.means.state(), "clock": self.clock.state()}
             self.checkpoints.save(step, state, self.batches.get_state(), loop)
         self.saved_at, self.heard = time.monotonic(), self.heard - {"save"}
+        self._keep_accounts()
+
+    def _keep_accounts(self) -> None:
+        if jax.process_index() == 0:
+            self.clock.write(self.workdir)
 
     def _settle(self) -> None:
         """Wait for the steps in flight and log them: only a state known to be finite is used further."""
@@ -298,6 +313,8 @@ class _Session:
     def _write(self, step: int, metrics: Mapping[str, float], partial: bool = False) -> None:
         times = {f"{name}_s": seconds for name, seconds in self.clock.state().items()}
         times["images_per_s"] = self.bar.images_per_s
+        times["goodput"] = self.clock.goodput
+        self._keep_accounts()
         self.log.write(step, step * self.settings.batch_size, metrics, times, partial)
 
     def _warn_of_compilations(self, step: int) -> None:

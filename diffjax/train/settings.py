@@ -12,8 +12,10 @@ class Settings:
     """The section `train` of a config. In images: total_images, rounded up to whole steps.
 
     0 turns off checkpoint_every_steps, checkpoint_every_minutes, sample_every_steps, keep_every_steps
-    (checkpoints at its multiples are kept for good) and stall_minutes (without a step, the stacks are
-    printed). num_devices 0: all. mesh: the axes that they are laid out in, "data:2,fsdp:4", "" = all along
+    and stall_minutes (without a step, the stacks are printed). Of the checkpoints the newest
+    keep_checkpoints are temporary, whether steps or minutes brought them; those at multiples of
+    keep_every_steps are permanent. checkpoint_folder: where they go, a path or gs://BUCKET/FOLDER, "" =
+    WORKDIR/checkpoints. num_devices 0: all. mesh: the axes that they are laid out in, "data:2,fsdp:4", "" = all along
     data, see `runtime.mesh`. microbatches: parts of a batch whose gradients are computed in turn and added
     up in a fixed order (see `core.microbatches`), 0 = the batch at once. writers: "tensorboard", "wandb".
     overfit_one_batch: the first batch for ever. The last state is always saved.
@@ -26,6 +28,7 @@ class Settings:
     checkpoint_every_minutes: float = 10.0
     keep_checkpoints: int = 2
     keep_every_steps: int = 0
+    checkpoint_folder: str = ""
     sample_every_steps: int = 0
     stall_minutes: float = 10.0
     max_in_flight: int = 2

@@ -154,16 +154,25 @@ def _file(path: Path) -> dict[str, Any]:
     return found
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a .safetensors file says beside its weights. Raises FileNotFoundError, ValueError for a damaged file."""
+    return _safetensors(_found(Path(path))).metadata() or {}
+
+
 def _open(path: Path) -> dict[str, Any]:
+    file = _safetensors(path)
+    return {name: _Lazy(file, name) for name in file.keys()}  # noqa: SIM118, it is no dict
+
+
+def _safetensors(path: Path) -> Any:
     try:
         import safetensors
     except ImportError as error:
         raise ImportError(f"{path} needs the package safetensors: pip install 'diffjax[weights]'") from error
     try:
-        file = safetensors.safe_open(path, "numpy")
+        return safetensors.safe_open(path, "numpy")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): compare its size, or download it again") from error
-    return {name: _Lazy(file, name) for name in file.keys()}  # noqa: SIM118, it is no dict
 
 
 def _shard_paths(index: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from diffjax.build import classifiers
 from diffjax.cli.train import train_and_evaluate
 from diffjax.core import trees
 from diffjax.data import sources, transforms
-from diffjax.runtime import checkpoint, writers
+from diffjax.runtime import checkpoint_read, writers
 
 
 def short(**changes):
@@ -38,7 +38,7 @@ def test_it_learns_and_says_how_well_on_images_it_never_saw(run):
 
 def test_it_is_read_back_as_a_feature_space(run):
     found = classifiers.load(run)
-    params, _, _ = checkpoint.load_params(run, ema=None)
+    params, _, _ = checkpoint_read.load_params(run, ema=None)
     assert found.width == 24 and found.sha256 == trees.sha256(params)
     digits = sources.read(build.parts.source_of(short().data), range(400))
     features = np.asarray(jax.jit(found.features)(found.params, transforms.to_float(digits["image"])))
@@ -81,7 +81,7 @@ def test_samples_are_measured_in_its_features_along_a_training(run):
 
 
 def test_a_run_of_something_else_is_no_classifier(run, monkeypatch):
-    params, config, step = checkpoint.load_params(run, ema=None)
+    params, config, step = checkpoint_read.load_params(run, ema=None)
     other = {**config, "model": {"name": "dit"}}
     with pytest.raises(ValueError, match="holds a classifier, which draws no samples"):
         build.load_run(run)

@@ -17,7 +17,7 @@ from diffjax.cli import flags, sample
 from diffjax.cli.train import train_and_evaluate
 from diffjax.core import rng, trees
 from diffjax.methods.emd_chain import StepSizes, noise_pair
-from diffjax.runtime import checkpoint, guards
+from diffjax.runtime import checkpoint, checkpoint_read, guards
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_warning_comes_once_and_training_goes_on(folder, tmp_path, capsys):
 
 def test_both_networks_come_from_one_checkpoint(folder):
     run = correction.load(folder / "emd")
-    (params, score), _, step = checkpoint.load_parts(folder / "emd", ("method/params", "method/score"))
+    (params, score), _, step = checkpoint_read.load_parts(folder / "emd", ("method/params", "method/score"))
     assert step == run.step == 2
     for found, read, other in ((run.weights.generator, params, score), (run.weights.score, score, params)):
         assert trees.compare(found, read) == []
@@ -98,7 +98,7 @@ def test_both_networks_come_from_one_checkpoint(folder):
             np.testing.assert_array_equal(a, b)
         assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(other), strict=True))
     with pytest.raises(checkpoint.CheckpointError, match="no arrays under method/sore/"):
-        checkpoint.load_parts(folder / "emd", ("method/params", "method/sore"))
+        checkpoint_read.load_parts(folder / "emd", ("method/params", "method/sore"))
 
 
 def test_a_pair_depends_on_its_seed_alone(folder):
@@ -174,8 +174,8 @@ def test_a_score_of_another_network_is_refused(folder, monkeypatch):
         (params, score), config, step = checkpoint_load(workdir, parts)
         return (params, {**score, "image_in": {}}), config, step
 
-    checkpoint_load = checkpoint.load_parts
-    monkeypatch.setattr(checkpoint, "load_parts", other)
+    checkpoint_load = checkpoint_read.load_parts
+    monkeypatch.setattr(checkpoint_read, "load_parts", other)
     with pytest.raises(ValueError, match="the student score in .* does not fit, 2 differences:\n  missing: image_in/bias"):
         correction.load(folder / "emd")
 

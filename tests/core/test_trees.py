@@ -92,3 +92,9 @@ def test_first_nonfinite_of_finite_trees_is_minus_one():
     assert int(trees.first_nonfinite(_tree())) == -1
     assert int(trees.first_nonfinite({"count": jnp.int32(3)})) == -1
     assert int(trees.first_nonfinite({})) == -1
+
+
+def test_nest_is_the_inverse_of_flatten():
+    tree = {"a": {"b": {"kernel": 1, "bias": 2}, "c": 3}, "d": 4}
+    assert trees.nest(trees.flatten(tree)) == tree
+    assert trees.nest({}) == {}

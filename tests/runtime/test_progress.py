@@ -1,10 +1,10 @@
-"""Progress and time accounts."""
+"""Progress in images, on a terminal and in a log file."""
 
 import io
 
 import pytest
 
-from diffjax.runtime import clock, progress
+from diffjax.runtime import progress
 
 
 class Terminal(io.StringIO):
@@ -42,44 +42,3 @@ def test_the_rate_is_zero_and_the_time_unknown_before_the_first_update(monkeypat
     monkeypatch.setattr(progress.time, "monotonic", lambda: 5.0)
     bar = progress.Progress(10, stream=io.StringIO())
     assert bar.images_per_s == 0 and "unknown time left" in bar.line()
-
-
-@pytest.fixture
-def now(monkeypatch):
-    time = [0.0]
-    monkeypatch.setattr(clock.time, "monotonic", lambda: time[0])
-    return time
-
-
-def test_accounts_add_up_over_restarts_and_never_twice(now):
-    first = clock.Clock()
-    with first.account("train"):
-        now[0] += 3
-        with first.account("checkpoint"):
-            now[0] += 2
-            with first.account("data"):
-                now[0] += 1
-        now[0] += 4
-    now[0] += 10
-    saved = first.state()
-    assert saved == {"train": 7, "checkpoint": 2, "data": 1, "total": 20}
-    now[0] = 1000.0
-    second = clock.Clock(saved)
-    with second.account("data"):
-        now[0] += 5
-    assert second.state() == {"train": 7, "checkpoint": 2, "data": 6, "total": 25}
-
-
-def test_an_account_that_fails_is_closed(now):
-    accounts = clock.Clock()
-    with pytest.raises(KeyError), accounts.account("train"):
-        now[0] += 1
-        raise KeyError
-    with accounts.account("train"):
-        now[0] += 1
-    assert accounts.state()["train"] == 2
-
-
-def test_the_sum_is_no_account(now):
-    with pytest.raises(ValueError, match="'total'"), clock.Clock().account("total"):
-        pass

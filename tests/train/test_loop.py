@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffjax.runtime import checkpoint, configs, guards, writers
+from diffjax.runtime import checkpoint, checkpoint_read, configs, guards, writers
 from diffjax.train import loop
 
 
@@ -27,7 +27,7 @@ def test_a_run_leaves_its_folder_complete(tmp_path):
     assert [(line["step"], line["images"]) for line in lines] == [(3, 24), (6, 48), (9, 72), (12, 96)]
     assert all(np.isfinite(line["loss"]) and line["time"]["total_s"] > 0 for line in lines)
     assert checkpoint.steps(tmp_path) == [10, 12]
-    params, _, step = checkpoint.load_params(tmp_path)
+    params, _, step = checkpoint_read.load_params(tmp_path)
     assert step == 12
     jax.tree.map(np.testing.assert_array_equal, params, state.ema_params)
 
@@ -85,7 +85,7 @@ def test_a_non_finite_step_stops_the_run_with_names_and_is_never_saved(tmp_path,
     assert "first parameter with a non-finite gradient: in/bias" in text
     assert checkpoint.steps(tmp_path) == list(range(1, 10))
     assert [line["step"] for line in writers.read(tmp_path / "metrics.jsonl")] == [3, 6, 9]
-    params, _, _ = checkpoint.load_params(tmp_path)
+    params, _, _ = checkpoint_read.load_params(tmp_path)
     assert all(jax.tree.leaves(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), params)))
 
 
