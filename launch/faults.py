@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 SAVE_EVERY, STEPS, BATCH = 20, 200, 48  # 24 microbatches: 1 to 4 processes take equal numbers of them, two or more
 AGAIN, MISTAKE, ERROR = 75, 2, 1
 CONFIG = {
-    "train.batch_size": BATCH, "train.total_images": BATCH * STEPS, "train.microbatches": 24, "train.log_every_steps": 1,
+    "train.batch_size": BATCH, "train.microbatches": 24, "train.log_every_steps": 1,
     "train.checkpoint_every_steps": SAVE_EVERY, "train.checkpoint_every_minutes": 0.0, "train.sample_every_steps": 0,
     "model.width": 32, "model.depth": 1, "optim.warmup_images": 0,
 }  # fmt: skip
@@ -46,7 +47,8 @@ class Group:
         environ: Mapping[str, str] = {}, **changes: object,
     ) -> None:  # fmt: skip
         port, self.logs, self.workdir = _free_port(), {}, workdir
-        changed = [f"--config.{key}={value}" for key, value in {**CONFIG, **_dotted(changes)}.items()]
+        options = {**CONFIG, "train.total_images": BATCH * STEPS, **_dotted(changes)}
+        changed = [f"--config.{key}={value}" for key, value in options.items()]
         argv = ["--config=configs/quick/edm_digits.py", f"--workdir={workdir}", *changed]
         self.processes = {}
         workdir.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +185,9 @@ def damaged_checkpoint(folder: Path, kills: int = 0, ways: Sequence[str] = ("tru
     expected = whole(folder)
     for way in ways:
         workdir = folder / f"damaged_{way}"
-        Group(workdir, 2, train__total_images=BATCH * 3 * SAVE_EVERY).expect({0: 0, 1: 0})
-        newest = workdir / "checkpoints" / str(3 * SAVE_EVERY)
+        shutil.copytree(folder / "whole", workdir)
+        *_, before, last = sorted(_checkpoints(workdir))
+        newest = workdir / "checkpoints" / str(last)
         victim = max((file for file in newest.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
         content = bytearray(victim.read_bytes())
         if way == "truncate":
@@ -197,9 +200,9 @@ def damaged_checkpoint(folder: Path, kills: int = 0, ways: Sequence[str] = ("tru
         start, group = time.monotonic(), Group(workdir, 2)
         group.until(lambda group=group: "is unreadable" in group.text(), "the warning")
         seconds = time.monotonic() - start
-        group.expect({0: 0, 1: 0}, "the previous one", f"resumed from step {2 * SAVE_EVERY}")
+        group.expect({0: 0, 1: 0}, "the previous one", f"resumed from step {before}")
         check_same(workdir, expected)
-        yield SAVE_EVERY, seconds
+        yield last - before, seconds
 
 
 def half_never_start(folder: Path, kills: int = 0) -> Outcome:
