@@ -118,11 +118,20 @@ def blocks_of(function: Callable, params: Params, *args: Any) -> tuple[Block, ..
     )
 
 
+def product_flops(program: Any) -> float:
+    """Operations of all products and convolutions of a traced program (`jax.jit(f).trace(...).jaxpr`) on all devices: loops
+    as often as they run, but those whose end depends on values once; of branches the one with the most."""
+    tally = _Tally(most=True)
+    tally.walk(program.jaxpr, [None] * len(program.jaxpr.invars))
+    return sum(tally.flops.values())
+
+
 class _Tally:
     """Sums over the products of a program, by the block that owns their weights. repeats: how often a product of
-    weights of the block runs, of all that it has the least."""
+    weights of the block runs, of all that it has the least. most: of branches the one with the most operations counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: bool = False) -> None:
+        self.most = most
         self.flops: defaultdict[str, float] = defaultdict(float)
         self.result_bytes: defaultdict[str, float] = defaultdict(float)
         self.repeats: dict[str, int] = {}
@@ -136,6 +145,9 @@ class _Tally:
             inputs = [None if isinstance(v, jex.Literal) else owner.get(v) for v in equation.invars]
             if flops := _product_flops(equation):
                 self._add([name for name in inputs if name is not None], equation, times * flops, times, kept)
+            elif self.most and equation.primitive.name == "cond":
+                self.last = ""
+                self.flops[self.last] += times * max(map(product_flops, equation.params["branches"]))
             elif bodies := _bodies(equation):
                 runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
                 keeps = kept and equation.primitive.name not in _COMPUTED_AGAIN

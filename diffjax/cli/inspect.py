@@ -2,14 +2,26 @@
 
     python -m diffjax.cli.inspect --config=configs/edm/cifar10_ddpmpp.py
     python -m diffjax.cli.inspect --workdir=runs/digits_teacher
+    python -m diffjax.cli.inspect --workdir=runs/digits_teacher --verify
     python -m diffjax.cli.inspect --workdir=runs/digits_teacher --config=configs/quick/edm_digits.py
+    python -m diffjax.cli.inspect --config=configs/conditioning/imagenet.py --topology=v5e:4x4 --mesh=data:4,fsdp:4
+    python -m diffjax.cli.inspect --config=configs/emd/imagenet64.py --topology=v6e:4x4 --mesh=data:4,fsdp:4 \
+        --teacher_config=configs/edm/imagenet64_adm.py
     python -m diffjax.cli.inspect sd15
     python -m diffjax.cli.inspect --video=svd_xt --size=576x1024 --budget=16GiB --topology=v5e:1x1
 
 --config: parameters by part, bytes of the training state, FLOPs of one training step; the data is not opened. With
 --compile also the memory of the compiled step on this machine (for a large network that takes minutes). A method's own
 loops, such as EMD's chain, count as one turn of theirs.
---workdir: checkpoints, last log line, config. Both: how the run's config differs from the file.
+--workdir: checkpoints, last log line, config. Both: how the run's config differs from the file. With --verify every
+checkpoint is read whole and compared with its checksums; the command ends with code 1 where one is damaged.
+
+--config with --topology: the run's own training step, or with --sample its sampling, compiled for the chips of v5e:4x4,
+v5p:2x2x2, v6e:4x4 ..., for cpu:8 (so many fake devices), or gpu (those of this machine), laid out as --mesh or train.mesh
+says: parameters, memory a device, the largest batch that fits, FLOPs, bytes, collectives, and an estimate of its time from
+the makers' peaks. --budget: memory a device in place of the chip's. Where it does not fit, what does: blocks computed again,
+more of the devices on fsdp, a smaller batch. No TPU is needed, the package libtpu is; neither data, nor a teacher, whose
+config --teacher_config gives, or its folder as diffusers writes it. A compilation takes one to ten minutes.
 
 A folder, of a model as diffusers saves it: for the denoiser, text encoders and autoencoder, block by block, parameters,
 their bytes in float32, FLOPs of one image or text, and the bytes that its products and convolutions give, which a
@@ -22,9 +34,7 @@ compiler says what the program needs on one chip, and where that is above the bu
 needed, the package libtpu is. --offload=skips,weights: these wait in the host's memory.
 """
 
-import datetime
 import functools
-import os
 import re
 import sys
 import tempfile
@@ -35,7 +45,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from diffjax.cli import flags
+from diffjax.cli import checkpoints, flags, plan_lines
+from diffjax.runtime import chips
 
 if TYPE_CHECKING:
     from diffjax.video.grouping import Plan
@@ -50,13 +61,17 @@ def define(values: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     flags.define_config(values, argv, new_keys=True)
     flags.define_workdir(values, "folder of a run")
     absl_flags.DEFINE_bool("compile", False, "compile the training step and show its memory", flag_values=values)
+    absl_flags.DEFINE_bool("verify", False, "read the checkpoints of --workdir whole", flag_values=values)
     absl_flags.DEFINE_string("video", None, "a published video model: svd, svd_xt or animatediff", flag_values=values)
     absl_flags.DEFINE_string("size", "576x1024", "of its frames, HEIGHTxWIDTH in pixels", flag_values=values)
     absl_flags.DEFINE_integer("frames", 0, "of a clip, 0 = what the model was trained on", flag_values=values)
     absl_flags.DEFINE_bool("sequential_guidance", False, "guidance one half after the other", flag_values=values)
     absl_flags.DEFINE_string("budget", None, "bytes for it, as 16GiB or 12GB", flag_values=values)
     absl_flags.DEFINE_list("offload", [], "what waits in the host's memory: skips, weights", flag_values=values)
-    absl_flags.DEFINE_string("topology", None, "TPU to compile it for, as v5e:1x1", flag_values=values)
+    absl_flags.DEFINE_string("topology", None, "devices to compile for: v5e:4x4, cpu:8, gpu", flag_values=values)
+    absl_flags.DEFINE_string("mesh", "", "how they are laid out, as data:4,fsdp:4", flag_values=values)
+    absl_flags.DEFINE_string("teacher_config", "", "what the run folder of --config's method will hold", flag_values=values)
+    absl_flags.DEFINE_bool("sample", False, "with --topology: sampling in place of the training step", flag_values=values)
 
 
 def main(values: absl_flags.FlagValues, folder: str = "") -> None:
@@ -69,8 +84,14 @@ def main(values: absl_flags.FlagValues, folder: str = "") -> None:
         lines = video_lines(values)
     elif folder:
         lines = model_lines(Path(folder))
+    elif values.verify:
+        lines = checkpoints.verified_lines(flags.run_folder(values))
     elif values.workdir:
         lines = run_lines(flags.run_folder(values), values.config)
+    elif values.config is not None and values.topology is not None:
+        budget = None if values.budget is None else _parse_bytes(values.budget)
+        asked = plan_lines.Asked(values.topology, values.mesh, values.teacher_config, budget, values.sample)
+        lines = plan_lines.lines(values.config, asked)
     elif values.config is not None:
         lines = config_lines(values.config, values.compile)
     else:
@@ -99,10 +120,7 @@ def video_lines(values: absl_flags.FlagValues) -> Iterable[str]:
     what the finest slices need."""
     size, budget = _parse_size(values.size), None if values.budget is None else _parse_bytes(values.budget)
     if values.topology is not None:  # read when JAX is imported: the compiler asks no server what this machine is
-        os.environ.update(
-            JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-16",
-            TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-        )  # fmt: skip
+        chips.set_environment(values.topology)
     import jax
 
     from diffjax.build import video_stages
@@ -225,18 +243,11 @@ def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
 
 def run_lines(workdir: Path, config: ConfigDict | None = None) -> Iterable[str]:
     """Checkpoints, last log line and config of a run; with `config`, how the run's own differs from it."""
-    from diffjax.runtime import checkpoint, configs, writers
+    from diffjax.runtime import configs, writers
 
     saved = configs.read(workdir)
-    steps = checkpoint.steps(workdir)
     yield f"run             {workdir}"
-    for step in steps:
-        folder = workdir / checkpoint.FOLDER / str(step)
-        when = datetime.datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M:%S")
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        yield f"checkpoint      step {step:,}, {_bytes(size)}, {when}"
-    if not steps:
-        yield "checkpoint      none yet"
+    yield from checkpoints.lines(workdir)
     log = workdir / writers.FILE_NAME
     for record in writers.read(log)[-1:] if log.exists() else []:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in writers.RESERVED)
@@ -303,13 +314,7 @@ def _size(tree: Mapping[str, Any]) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.4g} {unit}"
-        number /= 1024
-    return f"{number:.4g} GiB"
-
+_bytes = checkpoints.readable_bytes
 
 if __name__ == "__main__":
     sys.exit(flags.run(__doc__, define, main, positional=POSITIONAL))

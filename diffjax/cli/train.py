@@ -50,7 +50,6 @@ def main(values: absl_flags.FlagValues) -> None:
     command = shlex.join(["python", "-m", "diffjax.cli.train", *sys.argv[1:]])
     with flags.joined(values, config):
         train_and_evaluate(config, workdir, command=command, profile_steps=values.profile)
-        print(f"report: {workdir / 'report.md'}")
 
 
 def train_and_evaluate(
@@ -81,6 +80,7 @@ def train_and_evaluate(
     if pictures is not None:
         images.save_png(workdir / "samples" / "final.png", images.grid(pictures))
     _write_report(config, workdir, experiment, state, command, pictures is not None)
+    print(f"report: {workdir / 'report.md'}")
     return state
 
 

@@ -43,8 +43,9 @@ def spec(path: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Partiti
 
 
 def _spec(shape: tuple[int, ...], split: Split, sizes: Mapping[str, int], first: int | None = None) -> PartitionSpec:
-    """Of the last two axes, `split` over tensor, and the longest of the others that divides over fsdp. Axes before them,
-    those of a stack or of a convolution's places, stay whole: the rule is the same for one layer and for a stack."""
+    """Of the last two axes, `split` over tensor, and the first of the others that divides over fsdp: the inputs, where they
+    divide, since TPUs have no reduce-scatter along an array's last axis. Axes before them, those of a stack or of a
+    convolution's places, stay whole: the rule is the same for one layer and for a stack."""
     tensor, fsdp = sizes.get("tensor", 1), sizes.get("fsdp", 1)
     axes: list[str | None] = [None] * len(shape)
     taken = {"columns": len(shape) - 1, "rows": len(shape) - 2, "": -1}[split]
@@ -53,7 +54,7 @@ def _spec(shape: tuple[int, ...], split: Split, sizes: Mapping[str, int], first:
     free = [i for i in range(len(shape) - 2 if first is None else first, len(shape)) if axes[i] is None]
     fits = [i for i in free if shape[i] % fsdp == 0]
     if fsdp > 1 and fits:
-        axes[max(fits, key=lambda i: shape[i])] = "fsdp"
+        axes[fits[0]] = "fsdp"
     return PartitionSpec(*axes)
 
 

@@ -14,17 +14,20 @@ class Progress:
 
     total, initial: images of the whole run, and those done before this session (not counted in the
     rate). On a terminal a bar; elsewhere one line at the start of every `interval_s` seconds, so
-    that a log file stays readable.
+    that a log file stays readable. is_silent: counts only, in all processes of a run but one.
     """
 
-    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None, interval_s: float = 30.0) -> None:
+    def __init__(
+        self, total: int, initial: int = 0, stream: TextIO | None = None, interval_s: float = 30.0, is_silent: bool = False
+    ) -> None:
+        self._is_silent = is_silent
         self._stream = sys.stderr if stream is None else stream
         self._total, self._initial, self._images = total, initial, initial
         self._interval_s = interval_s
         self._start = time.monotonic()
         self._last_line = self._start
         self._bar = None
-        if self._stream.isatty():
+        if self._stream.isatty() and not is_silent:
             self._bar = tqdm(
                 total=total, initial=initial, unit="img", unit_scale=True, dynamic_ncols=True, file=self._stream
             )
@@ -59,6 +62,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""
+        if self._is_silent:
+            return
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:

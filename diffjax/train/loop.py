@@ -149,7 +149,8 @@ def _log(settings: Settings, workdir: Path, step: int, config: Mapping[str, Any]
 
 
 def _bar(settings: Settings, step: int) -> progress.Progress:
-    return progress.Progress(settings.total_steps * settings.batch_size, step * settings.batch_size)
+    images = settings.total_steps * settings.batch_size, step * settings.batch_size
+    return progress.Progress(*images, is_silent=jax.process_index() > 0)
 
 
 @dataclasses.dataclass

@@ -207,11 +207,18 @@ class DoesNotFit(MemoryError):
 
 
 def topology(name: str) -> jax.Device:
-    """One chip of a TPU topology ("v5e:1x1", "v5e:4x4") as a target of `compile_for`; the chip need not be here, the
-    package libtpu must. Raises ValueError without it, and for a name that its compiler does not know."""
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
+    """The first of `topology_devices`, a target of `compile_for`."""
+    return topology_devices(name)[0]
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """The chips of a TPU topology ("v5e:1x1", "v5e:4x4") as targets; they need not be here, the package libtpu must. Raises
+    ValueError without it, and for a name that its compiler does not know."""
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
+    if name.startswith("v4:"):  # both cores of a chip as one device
+        options["chip_config_name"] = "megacore"
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds).devices[0]
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except RuntimeError as error:
         hint = "with the package libtpu (python -m pip install --no-deps libtpu) v5e:1x1 is one"
         raise ValueError(f"no TPU topology {name!r} to compile for: {str(error).splitlines()[0]}; {hint}") from error

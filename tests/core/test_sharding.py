@@ -23,8 +23,8 @@ SIZES = {"data": 2, "fsdp": 4, "tensor": 2}
         ("blocks/mlp/expand/kernel", (64, 256), P("fsdp", "tensor")),
         ("blocks/mlp/contract/kernel", (256, 64), P("tensor", "fsdp")),
         ("blocks/mlp/contract/kernel", (255, 64), P(None, "fsdp")),  # 255 has no two parts
-        ("conv_in/kernel", (3, 3, 4, 32), P(None, None, None, "fsdp")),
-        ("enc/conv0/kernel", (3, 3, 64, 32), P(None, None, "fsdp", None)),
+        ("conv_in/kernel", (3, 3, 3, 32), P(None, None, None, "fsdp")),
+        ("enc/conv0/kernel", (3, 3, 64, 256), P(None, None, "fsdp", None)),
         ("classes/embedding", (1000, 64), P(None, "fsdp")),
         ("conv_out/kernel", (3, 3, 6, 3), P(None, None, None, None)),
         ("blocks/attention/qkv/bias", (28, 192), P()),

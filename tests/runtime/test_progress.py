@@ -21,6 +21,14 @@ def test_a_terminal_gets_a_bar_with_images_rate_and_time_left(monkeypatch):
     assert "1.00k/2.00k" in text and "img/s" in text and "hello\n" in text and "loss 0.5" in text
 
 
+def test_all_processes_but_one_are_silent():
+    stream = Terminal()
+    with progress.Progress(2000, 500, stream, is_silent=True) as bar:
+        bar.update(1000, "loss 0.5")
+        bar.say("hello")
+    assert stream.getvalue() == "" and bar.images_per_s > 0
+
+
 @pytest.mark.fast
 def test_a_log_file_gets_plain_lines_at_intervals(monkeypatch):
     now = [100.0]

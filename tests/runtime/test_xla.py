@@ -96,3 +96,53 @@ ENTRY %main (p: bf16[8,128]) -> bf16[64,128] {
     }  # fmt: skip
     with pytest.raises(ValueError, match="a loop's condition says no number of turns"):
         xla.collectives(text.replace("constant(17)", "parameter(0)"))
+
+
+@pytest.mark.fast
+def test_what_the_tpu_compiler_fuses_counts_once():
+    """As libtpu 0.0.52 writes it: an all-gather three times, around the products that run beside it; a reduce-scatter as a
+    fusion of an all-reduce and a slice; a ring with two of its turns in one."""
+    text = """
+%start (p: bf16[8,16]) -> (bf16[8,16], bf16[32,16]) {
+  %all-gather.1 = bf16[32,16]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, frontend_attributes={chain_id="0"}
+}
+
+%done (p: bf16[8,16]) -> bf16[32,16] {
+  %all-gather.2 = bf16[1,32,16]{1,0} all-gather(%p), channel_id=3, replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.7 (input: f32[32,16]) -> f32[8,16] {
+  %all-reduce.1 = f32[32,16]{1,0} all-reduce(%pad), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  ROOT %slice = f32[8,16]{1,0} dynamic-slice(%all-reduce.1, %i), dynamic_slice_sizes={8,16}
+}
+
+%ring_cond (p: (f32[8], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8)
+  %turn = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%turn, %limit), direction=LT
+}
+
+%ring_body (p: (f32[8], u32[])) -> (f32[8], u32[]) {
+  %turn = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %next = u32[]{:T(128)} add(%turn, %two)
+  %one = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %other = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%y), source_target_pairs={{0,1},{1,0}}
+  ROOT %out = (f32[8]{0}, u32[]{:T(128)}) tuple(%z, %next)
+}
+
+ENTRY %main (p: bf16[8,16]) -> f32[8,16] {
+  %s = (bf16[8,16], bf16[32,16]) fusion(%p), kind=kCustom, calls=%start
+  %d = bf16[32,16] fusion(%s), kind=kCustom, calls=%done
+  %w = (f32[8]{0}, u32[]) while(%t), condition=%ring_cond, body=%ring_body
+  ROOT %r = f32[8,16]{1,0} fusion(%d), kind=kCustom, calls=%all-reduce-scatter.7
+}
+"""
+    assert xla.collectives(text) == {
+        "all-gather": (1, 32 * 16 * 2), "collective-permute": (8, 8 * 8 * 4), "reduce-scatter": (1, 8 * 16 * 4),
+    }  # fmt: skip
+    found = {one.kind: one for one in xla.each_collective(text)}
+    assert found["all-gather"].devices == found["reduce-scatter"].devices == 4
+    # a ring of four sends three of its four parts on; each of the three is a quarter
+    assert found["all-gather"].sent == 3 / 4 * 32 * 16 * 2 and found["reduce-scatter"].sent == 3 * 8 * 16 * 4
+    assert found["reduce-scatter"].arrays == ((8 * 16 * 4, (8, 16)),)
