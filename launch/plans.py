@@ -148,7 +148,8 @@ def write(tables: dict[str, list[dict[str, Any]]], out: str) -> Path:
         "the bytes that collectives leave there in a step, loops as often as they run. Collective-permutes are rings, "
         "in which the compiler reduces and scatters gradients beside their products. `whole_gradients_reduced_GiB`: "
         "all-reduces of whole kernels, which there should be none of. `estimated_s`: the longest of products, memory "
-        "traffic (more at O0 than at the usual effort) and links at the makers' peaks, an estimate, no measurement.\n\n<!-- table: plans -->\n\nThe DiT "
+        "traffic (more at O0 than at the usual effort) and links at the makers' peaks, an estimate, no measurement."
+        "\n\n<!-- table: plans -->\n\nThe DiT "
         f"with {SCALING_IMAGES} images a chip:\n\n<!-- table: weak_scaling -->\n\nAgain: `bash launch/plans.sh`"
     )
     tables = {"plans": tables["plans"], "weak_scaling": grown(tables["weak_scaling"])}

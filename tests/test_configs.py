@@ -136,7 +136,7 @@ def load(name: str) -> ConfigDict:
 def abstract_teachers(monkeypatch):
     """Teachers without runs: their configs, and weights of the right shapes that take no memory."""
     monkeypatch.setattr(build.runs, "load_run", lambda workdir: blank_run(config_of(workdir)))
-    monkeypatch.setattr(build.runs.configs, "read", lambda workdir: runnable(config_of(workdir)).to_dict())
+    monkeypatch.setattr(build.planned.configs, "read", lambda workdir: runnable(config_of(workdir)).to_dict())
     monkeypatch.setattr(build.companions, "load_companions", blank_companions)
 
 

@@ -69,7 +69,7 @@ def test_core_requires_neither_tensorflow_nor_torch(setup_arguments):
 
 def test_extras_are_the_documented_ones(setup_arguments):
     extras = setup_arguments["extras_require"]
-    assert set(extras) == {"cuda", "tpu", "demo", "video", "log", "ode", "weights", "test"}
+    assert set(extras) == {"cuda", "tpu", "bucket", "demo", "video", "log", "ode", "weights", "test"}
     assert set(extras["demo"]) <= set(extras["test"])
     # torchvision's metadata names one torch; another pair would bring a second torch
     assert {"torch==2.13.0", "torchvision==0.28.0", "lpips==0.1.4"} <= set(extras["test"])

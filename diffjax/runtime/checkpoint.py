@@ -210,8 +210,9 @@ def steps_in(folder: epath.Path) -> list[int]:
 
 
 def short(error: BaseException) -> str:
-    """Type and text of an error in one line; of a long one beginning and end, where the reason is."""
-    text = " ".join(str(error).split())
+    """Type and text of an error in one line; of a long one beginning and end, where the reason is. What tensorstore adds,
+    the whole description of its store, is left out."""
+    text = " ".join(str(error).split()).partition(" See full TensorStore details")[0]
     return f"{type(error).__name__}: {text if len(text) < 320 else f'{text[:150]} ... {text[-150:]}'}"
 
 
