@@ -104,13 +104,15 @@ def row_of(recipe: str, topology: str, layout: str, level: str, found: Any, targ
     }  # fmt: skip
 
 
-def plan_row(recipe: str, topology: str, layout: str, level: str, compiles: int) -> dict[str, Any]:
-    """The largest batch of a recipe that fits, of so many compiled ones."""
+def plan_row(recipe: str, topology: str, layout: str, level: str, first: int, compiles: int) -> dict[str, Any]:
+    """The largest batch of a recipe that fits, of so many compiled ones. first: images a chip, 0 for the recipe's
+    batch."""
     from diffjax.build import plans
 
     config, teachers = RECIPES[recipe]()
     job = plans.Job(config, plans.target(topology), layout, teachers)
-    best, tried = plans.largest(job, config.train.batch_size, compiles=compiles)
+    batch_size = first * len(job.target.devices) or config.train.batch_size
+    best, tried = plans.largest(job, batch_size, compiles=compiles)
     return row_of(recipe, topology, layout, level, best or tried[-1], job.target, len(tried))
 
 
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--mesh", default="", help="in place of one row of chips on fsdp and the others on data")
     parser.add_argument("--no_scaling", action="store_true", help="without the table weak_scaling")
     parser.add_argument("--compiles", type=int, default=4, help="batches to try for a row; the first guesses are low")
+    parser.add_argument("--first", type=int, default=0, help="images a chip to try first, not those of the recipe")
     parser.add_argument("--level", default="O0", choices=LEVELS, help="the compiler's effort; O0 is fastest")
     parser.add_argument("--out", default="runs/plans")
     arguments = parser.parse_args()
@@ -185,7 +188,7 @@ def main() -> None:
         write(tables, arguments.out)
         print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True)
 
-    best = functools.partial(plan_row, compiles=arguments.compiles)
+    best = functools.partial(plan_row, first=arguments.first, compiles=arguments.compiles)
     for recipe, topology in itertools.product(arguments.recipes, arguments.topologies):
         add("plans", best, recipe, topology, arguments.mesh or TARGETS.get(topology, "fsdp:-1"))
     for topology, layout in () if arguments.no_scaling else layouts_of_scaling():

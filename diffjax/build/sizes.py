@@ -120,7 +120,8 @@ def blocks_of(function: Callable, params: Params, *args: Any) -> tuple[Block, ..
 
 def product_flops(program: Any) -> float:
     """Operations of all products and convolutions of a traced program (`jax.jit(f).trace(...).jaxpr`) on all devices: loops
-    as often as they run, but those whose end depends on values once; of branches the one with the most."""
+    as often as they run, or at most run (see `core.loops`), those that do not say it once; of branches the one with the
+    most."""
     tally = _Tally(most=True)
     tally.walk(program.jaxpr, [None] * len(program.jaxpr.invars))
     return sum(tally.flops.values())
@@ -149,7 +150,7 @@ class _Tally:
                 self.last = ""
                 self.flops[self.last] += times * max(map(product_flops, equation.params["branches"]))
             elif bodies := _bodies(equation):
-                runs = times * equation.params["length"] if equation.primitive.name == "scan" else times
+                runs = times * _turns(equation)
                 keeps = kept and equation.primitive.name not in _COMPUTED_AGAIN
                 for body in bodies:
                     # those of `while` and `cond` have inputs of their own
@@ -165,6 +166,17 @@ class _Tally:
             self.result_bytes[self.last] += times * sum(v.aval.size * v.aval.dtype.itemsize for v in equation.outvars)
         for name in found:
             self.repeats[name] = min(times, self.repeats.get(name, times))
+
+
+def _turns(equation: Any) -> int:
+    """How often the bodies of an equation run; of a `while` the number that its condition compares with."""
+    if equation.primitive.name == "scan":
+        return equation.params["length"]
+    if equation.primitive.name != "while":
+        return 1
+    compared = [e for e in equation.params["cond_jaxpr"].jaxpr.eqns if e.primitive.name == "lt"]
+    numbers = [v.val for e in compared for v in e.invars if isinstance(v, jex.Literal)]
+    return int(numbers[0]) if len(numbers) == 1 else 1
 
 
 def _one_owner(equation: Any, inputs: list[str | None]) -> str | None:

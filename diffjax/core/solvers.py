@@ -32,7 +32,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -140,6 +140,21 @@ def make_plan(
     if afs and rows.noise is not None:
         raise ValueError(f"afs replaces the first call of a deterministic solver; {solver} adds noise between its calls")
     return plan
+
+
+def stack(plans: Sequence[Plan]) -> tuple[Plan, np.ndarray]:
+    """(a plan whose arrays have an axis in front, of the plans, the rows of each). All are of one solver; shorter ones
+    are filled up with zeros that nobody is to follow."""
+    longest = max(plans, key=lambda plan: len(plan.steps))
+
+    def put(*arrays: np.ndarray) -> np.ndarray:
+        table = np.zeros((len(arrays), *map(max, zip(*map(np.shape, arrays), strict=True))))
+        for i, array in enumerate(arrays):
+            table[(i, *map(slice, np.shape(array)))] = array
+        return table
+
+    alike = [dataclasses.replace(plan, steps=longest.steps) for plan in plans]
+    return jax.tree.map(put, *alike), np.asarray([len(plan.steps) for plan in plans])
 
 
 def _afs_scale(t0: float, form: str) -> np.ndarray:

@@ -44,11 +44,13 @@ def draw(settings: FromNoise, key: Key, batch: Batch | None = None) -> tuple[Arr
     return noise, {"label": label}
 
 
-def metrics(trace: Updates, rate: Array) -> Metrics:
-    """Means of one iteration, and the first parameter of its earliest bad update; see `Method`."""
+def metrics(trace: Updates, rate: Array, unused: Array | int = 0) -> Metrics:
+    """Means of one iteration, and the first parameter of its earliest bad update; see `Method`. unused: steps at the
+    end of the trace that were not made, zeros there."""
     bad = trace.nonfinite_leaf >= 0
     first = trace.nonfinite_leaf[jnp.argmax(bad)]  # the earliest bad update; index 0, hence -1, where none is
-    values = {"loss": jnp.mean(trace.loss), "grad_norm": jnp.mean(trace.grad_norm), "learning_rate": rate}
+    mean = lambda values: jnp.sum(values) / (len(values) - unused)  # noqa: E731
+    values = {"loss": mean(trace.loss), "grad_norm": mean(trace.grad_norm), "learning_rate": rate}
     return {name: jnp.asarray(value, jnp.float32) for name, value in values.items()} | {"nonfinite_leaf": first}
 
 

@@ -21,7 +21,7 @@ half ("half_drop" of `train.optim`).
     state, metrics = jax.jit(method.step)(state, Frozen(teacher_params), {}, key, iteration)
 
 SFD-v, one student for several N: Settings(num_steps=(4, 5, 6, 7), step_condition="num_steps"); every iteration draws
-its N and tells it to the student. The second stage, for one call: Settings(num_steps=(3,), teacher_factor=3,
+its N and tells it to the student. One program serves all, whose loops run as often as the N of the iteration asks. The second stage, for one call: Settings(num_steps=(3,), teacher_factor=3,
 teacher_solver="euler", teacher_order=None, teacher_afs=True), with the first student (N=7) as teacher; pixel models
 add D LPIPS(y, Y) / B to eq. 3 at the last level (D pixels), which is `perceptual` of `make`.
 """
@@ -35,11 +35,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from diffjax.core import grids, sharding, solvers, trees
+from diffjax.core import grids, loops, sharding, solvers, trees
 from diffjax.core.types import Array, Batch, Cond, Denoiser, Key, Method, Metrics, Params
 from diffjax.methods import from_noise
 from diffjax.methods.update import descend
-from diffjax.sampling.few_step import STEP_CONDITIONS, check_num_steps, student_grid, with_step_condition
+from diffjax.sampling.few_step import STEP_CONDITIONS, check_num_steps, step_conditions, student_grid
 from diffjax.sampling.sample import sample
 
 Distance = Callable[[Params, Array, Array], Array]  # (params, (B, ...), (B, ...)) -> (B,)
@@ -97,7 +97,8 @@ class Frozen(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """One iteration as it happened; n = N-1 student steps, u updates (n, or n-1 with AFS)."""
+    """One iteration as it happened; n = N-1 student steps, u updates (n, or n-1 with AFS). Of several N, n is that of
+    the largest, and what a smaller one leaves over at the end is 0, and -1."""
 
     teacher: Array  # (n, B, ...) targets Y_k at t_{k+1}
     student: Array  # (n, B, ...) states y_k
@@ -127,11 +128,9 @@ def make(
     update that has one. Raises ValueError for settings that cannot work.
     """
     _check(settings)
-    functions = teacher_denoise, student_denoise, optimizer
-    updates = [
-        make_update(settings, num, *functions, perceptual=perceptual, grid_options=grid_options)
-        for num in settings.num_steps
-    ]
+    update = make_update(
+        settings, teacher_denoise, student_denoise, optimizer, perceptual=perceptual, grid_options=grid_options
+    )
 
     def init(params: Params) -> SFDState:
         return SFDState(params, optimizer.init(params))
@@ -143,20 +142,12 @@ def make(
         noise, cond = sharding.spread((noise, cond))
         targets = jnp.moveaxis(batch["target"], 1, 0) if "target" in batch else None
         rate = learning_rate(iteration)
-        arguments = state, frozen, noise, cond, dropout_key, rate, targets
-        if len(updates) == 1:
-            state, trace = updates[0](*arguments)
+        state, trace = update(state, frozen, noise, cond, dropout_key, rate, which, targets)
+        if len(settings.num_steps) == 1:
             return state, from_noise.metrics(trace, rate) | from_noise.by_level(trace)
-
-        def branch(update: Callable) -> Callable:
-            def run(*arguments: Any) -> tuple[SFDState, Metrics]:
-                state, trace = update(*arguments)
-                return state, from_noise.metrics(trace, rate)
-
-            return run
-
-        state, metrics = jax.lax.switch(which, [branch(update) for update in updates], *arguments)
-        return state, {**metrics, "num_steps": jnp.asarray(settings.num_steps, jnp.float32)[which]}
+        num_steps = jnp.asarray(settings.num_steps)[which]
+        metrics = from_noise.metrics(trace, rate, unused=max(settings.num_steps) - num_steps)
+        return state, {**metrics, "num_steps": num_steps.astype(jnp.float32)}
 
     return Method(init, step)
 
@@ -179,18 +170,17 @@ def make_targets(
     _check(settings)
     if len(settings.num_steps) > 1:
         raise ValueError(f"targets are cached for one N, found num_steps={settings.num_steps}: train one student each")
-    trajectory = _make_teacher(settings, settings.num_steps[0], teacher_denoise, grid_options or {})
+    trajectory = _make_teacher(settings, teacher_denoise, grid_options or {})
 
     def targets(params: Params, key: Key) -> Array:
         noise, cond, _, _ = _draws(settings, key)
-        return jnp.moveaxis(trajectory(params, noise, cond), 0, 1)
+        return jnp.moveaxis(trajectory(params, noise, cond, 0), 0, 1)
 
     return targets
 
 
 def make_update(
     settings: Settings,
-    num_steps: int,
     teacher_denoise: Denoiser,
     student_denoise: Denoiser,
     optimizer: optax.GradientTransformation,
@@ -198,66 +188,104 @@ def make_update(
     perceptual: Distance | None = None,
     grid_options: dict[str, Any] | None = None,
 ) -> Callable[..., tuple[SFDState, Trace]]:
-    """One iteration at N = `num_steps` with the noise given:
+    """One iteration with the noise given:
 
-        update(state, frozen, noise, cond, key, rate, targets=None) -> (state, Trace)
+        update(state, frozen, noise, cond, key, rate, which=0, targets=None) -> (state, Trace)
 
     `noise` (B, ...) has unit variance, `key` is the student's dropout key (None = no dropout), `rate` the learning
-    rate, `targets` (N-1, B, ...) replace the teacher. Eq. 1-5; pure, compiled once under `jax.jit`. Raises as `make`.
+    rate, `which` the index of N in `num_steps`, `targets` (N-1, B, ...) replace the teacher. Eq. 1-5; pure, compiled
+    once under `jax.jit`. Raises as `make`.
     """
     _check(settings)
-    options = grid_options or {}
-    trajectory = _make_teacher(settings, num_steps, teacher_denoise, options)
-    sigmas = _grid(settings, num_steps, options)
-    student_denoise = with_step_condition(student_denoise, settings.step_condition, sigmas)
+    trajectory = _make_teacher(settings, teacher_denoise, grid_options or {})
     student_step = _make_student_step(settings, student_denoise, optimizer, perceptual)
+    levels, first = _levels(settings, grid_options or {}), 1 if settings.afs else 0
 
     def update(
         state: SFDState, frozen: Frozen, noise: Array, cond: Cond, key: Key | None, rate: Array,
-        targets: Array | None = None,
+        which: Array | int = 0, targets: Array | None = None,
     ) -> tuple[SFDState, Trace]:  # fmt: skip
         if targets is None:
-            targets = jax.lax.stop_gradient(trajectory(frozen.teacher, noise, cond))
-        x = noise * float(sigmas[0])
-        start = 1 if settings.afs else 0
-        if settings.afs:
-            x = x * float(1 + (sigmas[1] - sigmas[0]) / np.sqrt(1 + sigmas[0] ** 2))
-        afs_states, afs_losses = x[None][:start], _l1(x, targets[0])[None][:start]
+            targets = jax.lax.stop_gradient(trajectory(frozen.teacher, noise, cond, which))
+        here = jax.tree.map(lambda table: jnp.asarray(table)[which], levels)
+        steps = here.number if len(settings.num_steps) > 1 else None  # None: all there are
+        num_steps = len(targets)
+        x = here.sigma[0].astype(noise.dtype) * noise
 
-        def body(carry: tuple[SFDState, Array], this: tuple[Array, ...]) -> tuple[Any, Any]:
-            state, x = carry
-            k, *level = this
+        def body(carry: tuple[SFDState, Array, Any], row: tuple[Array, ...]) -> tuple[SFDState, Array, Any]:
+            state, x, found = carry
+            k, sigma, ratio, told, target = row
             step_key = None if key is None else jax.random.fold_in(key, k)
-            last = k == num_steps - 2
-            state, y, report = student_step(state, frozen.perceptual, x, cond, step_key, rate, last, *level)
-            return (state, y), (y, *report)
+            told_cond = cond if told is None else {**cond, "step": told}
+            last = k == (num_steps if steps is None else steps) - 1
+            level = last, sigma.astype(x.dtype), ratio.astype(x.dtype)
+            state, y, report = student_step(state, frozen.perceptual, x, told_cond, step_key, rate, *level, target)
+            return state, y, jax.tree.map(lambda all, one: all.at[k].set(one), found, (y, *report))
 
-        levels = jnp.asarray(sigmas[:-1], x.dtype), jnp.asarray(sigmas[1:] / sigmas[:-1], x.dtype)
-        steps = (jnp.arange(num_steps - 1), *levels, targets)
-        (state, _), (states, losses, norms, leaves) = jax.lax.scan(
-            body, (state, x), jax.tree.map(lambda a: a[start:], steps)
-        )
-        states, losses = jnp.concatenate([afs_states, states]), jnp.concatenate([afs_losses, losses])
-        return state, Trace(targets, states, losses, norms, leaves)
+        scalars = jnp.zeros(num_steps, x.dtype)
+        found = jnp.zeros_like(targets), scalars, scalars, jnp.full(num_steps, -1, jnp.int32)
+        if settings.afs:
+            x = here.afs.astype(x.dtype) * x
+            found = found[0].at[0].set(x), found[1].at[0].set(_l1(x, targets[0])), *found[2:]
+        rows = jnp.arange(num_steps), here.sigma, here.ratio, here.told, targets
+        rows = jax.tree.map(lambda a: a[first:], rows)
+        carry = state, x, found
+        state, _, found = loops.over_rows(body, carry, rows, None if steps is None else steps - first)
+        states, losses, norms, leaves = found
+        return state, Trace(targets, states, losses, norms[first:], leaves[first:])
 
     return update
 
 
-def _make_teacher(
-    settings: Settings, num_steps: int, denoise: Denoiser, options: dict[str, Any]
-) -> Callable[[Params, Array, Cond], Array]:
-    """(params, unit noise (B, ...), cond) -> the targets Y (N-1, B, ...)."""
-    factor = settings.teacher_factor
-    sigmas = _grid(settings, factor * (num_steps - 1) + 1, options)
-    grids.check_nested(_grid(settings, num_steps, options), sigmas, factor)
-    plan = solvers.make_plan(
-        settings.teacher_solver, sigmas, order=settings.teacher_order, parity=settings.teacher_parity,
-        afs=settings.teacher_afs,
-    )  # fmt: skip
+class _Levels(NamedTuple):
+    """What the student's steps are, of each N of P; n steps of the largest, smaller ones have more that are not made."""
 
-    def trajectory(params: Params, noise: Array, cond: Cond) -> Array:
+    number: np.ndarray  # (P,) N-1
+    sigma: np.ndarray  # (P, n) t_k
+    ratio: np.ndarray  # (P, n) t_{k+1} / t_k
+    told: np.ndarray | None  # (P, n) the step condition
+    afs: np.ndarray  # (P,) factor of the analytical first step
+
+
+def _levels(settings: Settings, options: dict[str, Any]) -> _Levels:
+    grids_of = [_grid(settings, num, options) for num in settings.num_steps]
+    most = max(settings.num_steps) - 1
+
+    def put(values: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return np.stack([np.pad(values(t), (0, most + 1 - len(t)), mode="edge") for t in grids_of])
+
+    return _Levels(
+        number=np.asarray(settings.num_steps, np.int32) - 1,
+        sigma=put(lambda t: t[:-1]),
+        ratio=put(lambda t: t[1:] / t[:-1]),
+        told=put(lambda t: step_conditions(settings.step_condition, t)) if settings.step_condition else None,
+        afs=np.asarray([1 + (t[1] - t[0]) / np.sqrt(1 + t[0] ** 2) for t in grids_of]),
+    )
+
+
+def _make_teacher(
+    settings: Settings, denoise: Denoiser, options: dict[str, Any]
+) -> Callable[[Params, Array, Cond, Array | int], Array]:
+    """(params, unit noise (B, ...), cond, index of N) -> the targets Y (N-1, B, ...), of the largest N; see `Trace`."""
+    factor, plans = settings.teacher_factor, []
+    for num in settings.num_steps:
+        sigmas = _grid(settings, factor * (num - 1) + 1, options)
+        grids.check_nested(_grid(settings, num, options), sigmas, factor)
+        plans.append(
+            solvers.make_plan(
+                settings.teacher_solver, sigmas, order=settings.teacher_order, parity=settings.teacher_parity,
+                afs=settings.teacher_afs,
+            )
+        )  # fmt: skip
+    stacked, numbers = solvers.stack(plans)
+
+    def trajectory(params: Params, noise: Array, cond: Cond, which: Array | int) -> Array:
+        plan = jax.tree.map(lambda table: jnp.asarray(table)[which], stacked)
+        rows = jnp.asarray(numbers)[which] if len(plans) > 1 else None
+
         def part(noise: Array, cond: Cond) -> Array:
-            return sample(denoise, params, noise * float(sigmas[0]), plan, cond, save_every=factor)[1]
+            x = plan.sigmas[0].astype(noise.dtype) * noise
+            return sample(denoise, params, x, plan, cond, save_every=factor, num_rows=rows)[1]
 
         if settings.accumulate == 1:
             return part(noise, cond)

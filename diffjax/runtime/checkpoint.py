@@ -149,8 +149,8 @@ class Checkpoints:
             self._meeting.fail(short(error))
             raise CheckpointError(
                 f"could not write a checkpoint to {self._folder}{_free_space(self._folder)}: {short(error)}\n"
-                f"Readable checkpoints stay, at steps {steps_in(self._folder)}. Make space, then run the "
-                "same command to go on"
+                f"Readable checkpoints stay, at steps {steps_in(self._folder)}. Make space, or mend what it "
+                "names, then run the same command to go on"
             ) from error
 
 

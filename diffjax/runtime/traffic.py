@@ -32,8 +32,8 @@ def _of(name: str, lines: dict[str, list[str]]) -> int:
     for line in lines[name]:
         if body := xla.loop(line, lines):
             total += body[1] * _of(body[0], lines)
-        elif branches := re.search(r" conditional\(.*branch_computations=\{([^}]*)\}", line):
-            total += max(_of(branch.strip(" %"), lines) for branch in branches[1].split(","))
+        elif branches := xla.branches(line):
+            total += max(_of(branch, lines) for branch in branches)
         elif called := re.search(r" call\(.*to_apply=%?([\w.-]+)", line):
             total += _of(called[1], lines)
         elif found := _LINE.match(line):

@@ -58,7 +58,8 @@ _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|coll
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf" = (.*) ({_KINDS})(-start)?\(")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|branch_computations)=\{?([^,}]*(?:, %[^,}]*)*)")
+_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
+_BRANCHES = re.compile(r" conditional\(.*(?:branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=(\S+))")
 _SCATTER = re.compile(r" = (.*) fusion\(.*calls=%?(all-reduce-scatter[\w.-]*)")
 _ARRAY = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 _GROUPS = (re.compile(r"replica_groups=\{\{([\d,]+)\}"), re.compile(r"replica_groups=\[\d+,(\d+)\]"))
@@ -78,7 +79,8 @@ def collectives(program: str) -> dict[str, Moved]:
 def each_collective(program: str) -> list[Collective]:
     """All collectives of a compiled program.
 
-    Loops count as often as they run: by the compiler's word, or else by the number that their condition compares with.
+    Loops count as often as they run: by the compiler's word, or else by the number that their condition compares with,
+    their most. Of branches the one that moves the most bytes counts.
     What starts and is waited for counts once, its result being the second half of what the start gives; so does what
     the TPU compiler writes several times, where it fuses the start, the wait and products between them. Its
     reduce-scatter is a fusion of an all-reduce and a slice. Raises ValueError for a loop whose turns neither says.
@@ -106,7 +108,17 @@ def computations(program: str) -> tuple[dict[str, list[str]], str]:
 def loop(line: str, lines: dict[str, list[str]]) -> tuple[str, int] | None:
     """(body, turns) where a line is a loop. Raises ValueError as `each_collective`."""
     found = _WHILE.search(line)
-    return found and (found[2], _turns(line, lines[found[1]], lines[found[2]]))
+    if not found:
+        return None
+    condition = lines[found[1]]
+    inside = [text for line in condition for name in _CALLED.findall(line) for text in lines.get(name, ())]
+    return found[2], _turns(line, condition + inside, lines[found[2]])
+
+
+def branches(line: str) -> list[str]:
+    """The computations that a line chooses from, [] where it does not."""
+    found = _BRANCHES.search(line)
+    return [name.strip(" %,") for part in found.groups("") for name in part.split(",") if name] if found else []
 
 
 def _walk(lines: dict[str, list[str]], name: str, turns: int) -> Iterator[tuple[str, Collective]]:
@@ -124,10 +136,12 @@ def _walk(lines: dict[str, list[str]], name: str, turns: int) -> Iterator[tuple[
             yield _fused(inside), Collective("reduce-scatter", tuple(_arrays(scatter[1])), turns, _devices(inside))
         elif body := loop(line, lines):
             yield from _walk(lines, body[0], turns * body[1])
+        elif choices := branches(line):
+            found = [list(_walk(lines, name, turns)) for name in choices]
+            yield from max(found, key=lambda one: sum(collective.num_bytes for _, collective in one))
         else:
             for called in _CALLED.finditer(line):
-                for other in called[1].split(","):
-                    yield from _walk(lines, other.strip(" %"), turns)
+                yield from _walk(lines, called[1], turns)
 
 
 def _fused(line: str) -> str:

@@ -64,19 +64,26 @@ def with_step_condition(denoise: Denoiser, kind: str, sigmas: np.ndarray) -> Den
     from this level leads (Zhou 2024, the other variant). "": nothing. Wrap before guidance, so that both of its
     branches have the condition.
     """
-    if kind not in STEP_CONDITIONS:
-        raise ValueError(f"the step condition must be one of {STEP_CONDITIONS}, found {kind!r}")
-    if not kind:
+    steps = step_conditions(kind, sigmas)
+    if steps is None:
         return denoise
     logs = np.log(np.asarray(sigmas, np.float64))
 
     def conditioned(
         params: Params, x: Array, sigma: Array, cond: Cond | None = None, key: Key | None = None
     ) -> Array:
-        step = jnp.float32(len(logs))
-        if kind == "next_level":
-            here = jnp.argmin(jnp.abs(jnp.log(sigma) - jnp.asarray(logs[:-1], x.dtype)))
-            step = jnp.asarray(logs[1:] / 4, jnp.float32)[here]
-        return denoise(params, x, sigma, {**(cond or {}), "step": step}, key)
+        here = jnp.argmin(jnp.abs(jnp.log(sigma) - jnp.asarray(logs[:-1], x.dtype)))
+        return denoise(params, x, sigma, {**(cond or {}), "step": jnp.asarray(steps)[here]}, key)
 
     return conditioned
+
+
+def step_conditions(kind: str, sigmas: np.ndarray) -> np.ndarray | None:
+    """What a network is told at each level but the last of `sigmas` (N,): (N-1,) float32, or None; see
+    `with_step_condition`."""
+    if kind not in STEP_CONDITIONS:
+        raise ValueError(f"the step condition must be one of {STEP_CONDITIONS}, found {kind!r}")
+    if not kind:
+        return None
+    steps = np.log(sigmas[1:]) / 4 if kind == "next_level" else np.full(len(sigmas) - 1, len(sigmas))
+    return steps.astype(np.float32)

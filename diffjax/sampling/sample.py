@@ -1,4 +1,4 @@
-"""The sampling loop: one `lax.scan` over the rows of a `Plan`, for every solver.
+"""The sampling loop: one loop over the rows of a `Plan`, for every solver.
 
 Only the state and the few values that the solver needs are kept, so memory does not grow with the number of steps;
 `save_every` collects states where they are asked for. Deterministic solvers take no key.
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from diffjax.core import loops
 from diffjax.core.solvers import Plan
 from diffjax.core.types import Array, Cond, Denoiser, Key, Params
 
@@ -51,6 +52,7 @@ def sample(
     key: Key | None = None,
     noise: Callable[[Array], Array] | None = None,
     save_every: int = 0,
+    num_rows: Array | None = None,
     transform: Callable[[Array], Array] | None = None,
 ) -> Array | tuple[Array, Array]:
     """Follow `plan` from `x` (B, ...) at noise level plan.sigmas[0] to its last level; x is float32 or float64.
@@ -60,6 +62,7 @@ def sample(
 
     key        stochastic plans: per-sample keys (B,), see `rng.sample_keys`; step and key make the noise
     noise      in its place, a function step (0-based, traced) -> unit noise like x
+    num_rows   of one of several plans in a stack, see `solvers.stack`: its rows, traced; states after them are zeros
     transform  applied to every D the network returns, as `guidance.dynamic_threshold`
     Raises ValueError for a state of low precision, a missing or superfluous key, and k that does not divide num_steps.
     """
@@ -74,13 +77,13 @@ def sample(
         data = data if transform is None else transform(data)
         return data if plan.form == "data" else (state.y - data) / row.level
 
-    def body(carry: tuple[State, Array | None], row: Row) -> tuple[tuple[State, Array | None], None]:
+    def body(carry: tuple[State, Array | None], row: Row) -> tuple[State, Array | None]:
         state, saved = carry
         if plan.noise is not None:
             noisy = state.y + row.noise * noise(row.step - 1)
             state = state._replace(y=noisy)
         state = _apply(row, state, value(state, row))
-        return (state, _save(saved, row, state, plan.corrected)), None
+        return state, _save(saved, row, state, plan.corrected)
 
     rows = _rows(plan, x.dtype, save_every)
     zero = jnp.zeros_like(x)
@@ -92,10 +95,12 @@ def sample(
         first, rows = jax.tree.map(lambda a: a[0], rows), jax.tree.map(lambda a: a[1:], rows)
         state = _apply(first, carry[0], jnp.asarray(plan.afs_scale, x.dtype) * x)
         carry = (state, _save(carry[1], first, state, plan.corrected))
-    (state, saved), _ = jax.lax.scan(body, carry, rows)
+        num_rows = None if num_rows is None else num_rows - 1
+    state, saved = loops.over_rows(body, carry, rows, num_rows)
     if not save_every:
         return state.y
-    return state.y, saved.at[-1].set(state.y)
+    last = -1 if num_rows is None else (rows.step[num_rows - 1] - 1) // save_every
+    return state.y, saved.at[last].set(state.y)
 
 
 def _apply(row: Row, state: State, value: Array) -> State:

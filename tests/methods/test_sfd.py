@@ -44,7 +44,7 @@ def student_params():
 def run_update(chosen, denoise, params, noise, rate, teacher=gaussian.gaussian_denoiser, cond=None, key=None):
     """One iteration from fresh Adam moments: (state, trace)."""
     optimizer = optax.scale_by_adam()
-    update = sfd.make_update(chosen, chosen.num_steps[0], teacher, denoise, optimizer)
+    update = sfd.make_update(chosen, teacher, denoise, optimizer)
     state = sfd.SFDState(params, optimizer.init(params))
     return jax.jit(update)(state, sfd.Frozen(gaussian_params()), noise, cond or {}, key, rate)
 

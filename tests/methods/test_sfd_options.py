@@ -63,6 +63,20 @@ def test_each_iteration_is_one_of_the_number_drawn():
     assert set(seen) == {4, 6} and step._cache_size() == 1
 
 
+def test_several_numbers_have_the_program_of_one():
+    """Each network stands in it as often as in a program for a single N: compiling takes no longer."""
+
+    def products(num_steps):
+        network, init = functionalize(lambda rngs: ResidualMLP((2, 3, 1), 8, 1, rngs=rngs))
+        denoise, optimizer = prediction.edm_denoiser(network), optax.identity()
+        method = sfd.make(settings(num_steps=num_steps, image_shape=(2, 3, 1)), denoise, denoise, optimizer, lambda iteration: 1e-3)
+        params = init(jax.random.key(0))
+        arguments = method.init(params), sfd.Frozen(params), {}, jax.random.key(1), jnp.int32(0)
+        return str(jax.make_jaxpr(method.step)(*arguments)).count("dot_general")
+
+    assert products((4, 5, 6, 7)) == products((4,)) > 0
+
+
 def test_next_level_condition_is_where_the_step_leads():
     sigmas = grids.polynomial(5, 0.006, 80.0)
 
@@ -123,7 +137,7 @@ def test_perceptual_term_is_at_the_last_level_only(x64):
     chosen = settings(batch_size=4)
     plain, with_term = (
         sfd.make_update(
-            chosen, 4, gaussian.gaussian_denoiser, student_denoise, optax.identity(), perceptual=perceptual
+            chosen, gaussian.gaussian_denoiser, student_denoise, optax.identity(), perceptual=perceptual
         )
         for perceptual in (None, distance)
     )
@@ -152,7 +166,7 @@ def test_floating_point_operations_of_an_iteration(num, monkeypatch):
     params = jax.eval_shape(init, jax.random.key(0))
     chosen = settings(num_steps=(num,), batch_size=128, image_shape=(4, 4, 3))
     optimizer = optax.scale_by_adam()
-    update = sfd.make_update(chosen, num, denoise, denoise, optimizer)
+    update = sfd.make_update(chosen, denoise, denoise, optimizer)
     state = sfd.SFDState(params, jax.eval_shape(optimizer.init, params))
     images, scalar = jax.ShapeDtypeStruct((128, 4, 4, 3), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
 

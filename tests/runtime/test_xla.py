@@ -99,6 +99,25 @@ ENTRY %main (p: bf16[8,128]) -> bf16[64,128] {
 
 
 @pytest.mark.fast
+def test_of_branches_the_one_that_moves_most_counts():
+    text = """
+%small (p: f32[8]) -> f32[8] {
+  ROOT %r = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+
+%large (p: f32[8]) -> f32[8] {
+  ROOT %g = f32[64]{0} all-gather(%p), dimensions={0}
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %c = f32[8] conditional(%i, %p, %p), CHOICES
+}
+"""
+    for choices in ("branch_computations={%small, %large}", "true_computation=%large, false_computation=%small"):
+        assert xla.collectives(text.replace("CHOICES", choices)) == {"all-gather": (1, 64 * 4)}
+
+
+@pytest.mark.fast
 def test_what_the_tpu_compiler_fuses_counts_once():
     """As libtpu 0.0.52 writes it: an all-gather three times, around the products that run beside it; a reduce-scatter as a
     fusion of an all-reduce and a slice; a ring with two of its turns in one."""

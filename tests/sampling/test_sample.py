@@ -322,6 +322,30 @@ def test_memory_does_not_grow_with_the_number_of_steps(solver):
     assert workspace(64, save_every=32) - many < 8 * x.nbytes
 
 
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("solver", DETERMINISTIC)
+def test_several_plans_in_a_stack(x64, solver, afs):
+    """Two, four and six steps by one program: samples and states of each plan alone."""
+    plans = [solvers.make_plan(solver, grids.polynomial(num, 0.006, 80.0), afs=afs) for num in (7, 3, 5)]
+    stacked, rows = solvers.stack(plans)
+    denoise, params = gaussian.gaussian_denoiser, unit_gaussian()
+    x = jax.random.normal(jax.random.key(0), (3, 4), jnp.float64) * 80
+
+    @jax.jit
+    def follow(which):
+        plan = jax.tree.map(lambda table: jnp.asarray(table)[which], stacked)
+        return sample(denoise, params, x, plan, save_every=2, num_rows=jnp.asarray(rows)[which])
+
+    for i, plan in enumerate(plans):
+        expected, states = sample(denoise, params, x, plan, save_every=2)
+        found, found_states = follow(jnp.int32(i))
+        # the same operations in two programs: rounding of float64
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        np.testing.assert_allclose(found_states[: len(states)], states, rtol=1e-12)
+        assert not np.any(found_states[len(states) :])
+    assert follow._cache_size() == 1
+
+
 def test_the_network_is_traced_once():
     """Compile time of a large network: whatever the solver, its program holds one copy of it."""
     for solver in DETERMINISTIC:
