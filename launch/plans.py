@@ -132,9 +132,9 @@ def layouts_of_scaling() -> list[tuple[str, str]]:
 
 
 def grown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With what collectives of a chip are to those of the smallest topology."""
-    base = next((row["collectives_GiB"] for row in rows if row["topology"] == min(SCALING, key=SCALING.get)), math.nan)
-    return [row | {"times_of_4_chips": row["collectives_GiB"] / base} for row in rows]
+    """With what collectives of a chip are to those of the smallest topology at the same level."""
+    base = {row["level"]: row["collectives_GiB"] for row in rows if row["topology"] == min(SCALING, key=SCALING.get)}
+    return [row | {"times_of_4_chips": row["collectives_GiB"] / base.get(row["level"], math.nan)} for row in rows]
 
 
 def write(tables: dict[str, list[dict[str, Any]]], out: str) -> Path:
@@ -163,7 +163,6 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--topologies", nargs="+", default=list(TARGETS))
     parser.add_argument("--mesh", default="", help="in place of one row of chips on fsdp and the others on data")
-    parser.add_argument("--no_scaling", action="store_true", help="without the table weak_scaling")
     parser.add_argument("--compiles", type=int, default=4, help="batches to try for a row; the first guesses are low")
     parser.add_argument("--first", type=int, default=0, help="images a chip to try first, not those of the recipe")
     parser.add_argument("--level", default="O0", choices=LEVELS, help="the compiler's effort; O0 is fastest")
@@ -171,6 +170,8 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         for topology in arguments.topologies:
+            if chips.check(topology) != "tpu":
+                raise ValueError(f"found the topology {topology}, expected a TPU's, as {' '.join(TARGETS)}")
             chips.set_environment(topology)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
@@ -191,7 +192,8 @@ def main() -> None:
     best = functools.partial(plan_row, first=arguments.first, compiles=arguments.compiles)
     for recipe, topology in itertools.product(arguments.recipes, arguments.topologies):
         add("plans", best, recipe, topology, arguments.mesh or TARGETS.get(topology, "fsdp:-1"))
-    for topology, layout in () if arguments.no_scaling else layouts_of_scaling():
+    is_whole = (arguments.recipes, arguments.topologies) == (list(RECIPES), list(TARGETS))
+    for topology, layout in layouts_of_scaling() if is_whole else ():
         add("weak_scaling", scaling_row, "dit", topology, layout)
     print(f"report: {write(tables, arguments.out)}")
 

@@ -4,13 +4,15 @@
 
 Each process finds DIFFJAX_COORDINATOR, DIFFJAX_NUM_PROCESSES and DIFFJAX_PROCESS_ID (see diffjax.runtime.launchers),
 runs on its share of the cores and makes its share of the CPU devices that XLA_FLAGS asks for. Its lines begin with its
-number. SIGINT and SIGTERM go to all. After the first end that is not a clean one the others have PATIENCE_S to follow.
+number. SIGINT and SIGTERM go to all, a closed terminal as SIGTERM. After the first end that is not a clean one the others
+have PATIENCE_S to follow; helpers that outlive all of them are ended.
 Run by launch/local.sh.
 
 Ends with the worst code of them: 0; 75, run it again, which also stands for a process that was killed; else an error.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -25,6 +27,7 @@ from typing import BinaryIO
 
 PREEMPTED_EXIT_CODE = 75  # of diffjax.runtime.guards
 PATIENCE_S = 120.0
+HELPERS_S = 10.0
 
 _COUNT = re.compile(r"--xla_force_host_platform_device_count=(\d+)")
 
@@ -98,6 +101,12 @@ class Round:
         if self.stopped:  # while they were started
             self.stop(self.stopped)
         self._wait()
+        until = time.monotonic() + HELPERS_S
+        for pump in pumps:
+            pump.join(max(until - time.monotonic(), 0))
+        for process in self._running:  # its session: a helper that outlives it may hold its pipes for ever
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
         for pump in pumps:
             pump.join()
         return [process.returncode for process in self._running]
@@ -114,7 +123,8 @@ class Round:
 
     def _pump(self, mark: bytes, source: BinaryIO, target: BinaryIO) -> None:
         for line in source:
-            with self._lock:
+            # where nobody reads any more the lines still have to be taken, or the process would wait for it
+            with self._lock, contextlib.suppress(OSError):
                 target.write(mark + line.rstrip(b"\n") + b"\n")
                 target.flush()
 
@@ -133,6 +143,8 @@ def run(command: Sequence[str], number: int, retries: int) -> int:
         now = Round(command, [variables(number, i, coordinator, flags) for i in range(number)])
         for signal_number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signal_number, now.stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup asks for
+            signal.signal(signal.SIGHUP, lambda *_: now.stop(signal.SIGTERM))
         codes = now.run()
         code = worst(codes)
         if code == 0 or now.stopped or code != PREEMPTED_EXIT_CODE:

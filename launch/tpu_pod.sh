@@ -33,6 +33,8 @@ esac
 version=${TPU_VERSION:-$version}
 [ "$hosts" = 1 ] || [ -n "$checkpoints" ] ||
   fail "$type has $hosts hosts, which share no disk: type --config.train.checkpoint_folder=gs://BUCKET/RUN"
+[ -z "${TPU_SPOT:-}" ] || [ "$retries" = 0 ] || [ -n "$checkpoints" ] ||
+  fail "TPU_SPOT with --retries, but a spot machine's disk goes with it: type --config.train.checkpoint_folder=gs://BUCKET/RUN"
 processes=cloud_tpu
 [ "$hosts" != 1 ] || processes=one
 at=("--zone=$zone" --quiet)
@@ -67,6 +69,11 @@ await() { # a machine, asked for unless it is there
 install() {
   act "${vm[@]}" scp "$archive" "$name:diffjax.tar.gz" "${at[@]}" --worker=all
   remote "mkdir -p diffjax && tar -xzf diffjax.tar.gz -C diffjax && sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv"
+  # a new machine goes on with what an earlier one left here; one that trains already has newer files
+  if [ -d "$workdir" ] && { [ "$dry_run" = yes ] || ! remote "test -d $(printf %q "diffjax/$workdir")"; }; then
+    remote "mkdir -p $(printf %q "diffjax/$(dirname "$workdir")")"
+    act "${vm[@]}" scp --recurse "$workdir" "$name:diffjax/$(dirname "$workdir")" "${at[@]}" --worker=all
+  fi
 }
 
 if [ "$dry_run" = no ]; then
@@ -85,7 +92,10 @@ for ((left = retries; ; left--)); do
   echo "the training ended with code $code; starts left: $left"
   while [ "$(state || true)" = SUSPENDING ]; do sleep "${TPU_POLL_SECONDS:-30}"; done
   case "$(state || true)" in
-    ACTIVE) ;;
+    ACTIVE) # the connection broke: what trains there is to save and end first
+      own="-f 'diffjax[.]cli'"
+      remote "pkill -TERM $own; for s in {1..120}; do pgrep $own >/dev/null || break; sleep 1; done; pkill -KILL $own; true" || true
+      ;;
     *)
       act "${queue[@]}" delete "$name" "${at[@]}" --force || true
       await

@@ -145,6 +145,26 @@ def test_a_stop_goes_to_all_and_is_not_tried_again(tmp_path):
     process.communicate()
 
 
+def test_nobody_reads_and_a_helper_stays(tmp_path):
+    """Lines are taken although their reader is gone, or the processes would wait for ever; a helper with their pipes, which
+    outlives them, does not keep the launcher."""
+    code = "import subprocess; subprocess.Popen(['sleep', '300']); print('x\\n' * 200_000)"
+    command = [sys.executable, "launch/processes.py", "--", sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"[0] x\n"
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0, process.stderr.read()
+    process.stderr.close()
+
+
+def test_a_closed_terminal_stops_all(tmp_path):
+    process = run_processes(tmp_path, "wait,wait", "--processes=2", "--retries=3")
+    assert sorted(process.stderr.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 75 and len(list(tmp_path.iterdir())) == 2
+    process.communicate()
+
+
 def test_one_process_gets_the_whole_machine(tmp_path):
     process = run_processes(tmp_path, "75/0", "--retries=1")
     process.communicate(timeout=60)
@@ -222,7 +242,9 @@ case "$*" in
     [ "$code" != 255 ] || echo SUSPENDED >state
     exit "$code"
     ;;
-  *--recurse*) echo collect >>calls ;;
+  *"test -d"*) grep -q '^train' calls && ! grep -q '^delete' calls ;;
+  *"--recurse diffjax:"*) echo collect >>calls ;;
+  *--recurse*) echo upload >>calls ;;
 esac
 """
 
@@ -237,20 +259,34 @@ esac
 )
 def test_tpu_training_run_with_a_stand_in_for_gcloud(tmp_path, plan, flags, code, calls):
     """A spot machine that is taken away is asked for again; an error is not tried again."""
+    done, found = with_stand_in(tmp_path, plan, *flags)
+    assert done.returncode == code, done.stderr
+    assert found == calls.split(", ")
+    assert ("costs money" in done.stdout) == ("--delete" not in flags)
+
+
+def test_a_new_tpu_machine_goes_on_with_what_was_copied_back(tmp_path):
+    done, found = with_stand_in(tmp_path, "75 0", "--delete")
+    assert done.returncode == 75 and found == "create, train 75, collect, delete".split(", "), done.stderr
+    done, found = with_stand_in(tmp_path, "0", "--delete")
+    assert done.returncode == 0 and found[4:] == "create, upload, train 0, collect, delete".split(", "), done.stderr
+
+
+def with_stand_in(folder: Path, plan: str, *flags: str) -> tuple[subprocess.CompletedProcess, list[str]]:
+    """A checkout in `folder` trains on a TPU that does not exist: what it gave, and the calls until now."""
     for name in ("launch", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    tools = tmp_path / "tools"
-    tools.mkdir()
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
     for name, body in {"gcloud": GCLOUD, "git": "#!/bin/sh\n"}.items():
         (tools / name).write_text(body)
         (tools / name).chmod(0o755)
     (tools / "plan").write_text(plan + "\n")
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "TPU_ZONE": "z", "TPU_POLL_SECONDS": "0"}
     command = ["bash", "launch/tpu_pod.sh", *flags, *FLAGS]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
-    assert (tools / "calls").read_text().splitlines() == calls.split(", ")
-    assert ("costs money" in done.stdout) == ("--delete" not in flags)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+    return done, (tools / "calls").read_text().splitlines()
 
 
 def test_gke_asks_xpk_for_a_slice_and_for_retries():
@@ -344,6 +380,7 @@ BUCKET = "--config.train.checkpoint_folder=gs://BUCKET/RUN"
         ("tpu_pod.sh", FLAGS, {"TPU_TYPE": "v5e-16"}, "found TPU_TYPE=v5e-16, expected v2-N v3-N v4-N v5p-N (N cores) or"),
         ("tpu_pod.sh", FLAGS, {"TPU_TYPE": "v5litepod-16"}, f"has 4 hosts, which share no disk: type {BUCKET}"),
         ("tpu_pod.sh", (CONFIG, "--workdir=/abs"), {}, "expected a folder inside the checkout"),
+        ("tpu_pod.sh", (*FLAGS, "--retries=2"), {"TPU_SPOT": "1"}, "a spot machine's disk goes with it: type --config.train"),
         ("gke.sh", FLAGS, {}, "found --workdir=runs/a run, which each host has for itself: type --workdir=/runs/NAME"),
         ("gke.sh", MOUNTED, {}, "--tpu_type and --image are missing"),
         ("gke.sh", ("--tpu_type=v5litepod-16", *MOUNTED), {}, "--cluster is missing; for example --cluster=training"),

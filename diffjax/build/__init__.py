@@ -27,7 +27,7 @@ from diffjax.train import state as train_state
 from diffjax.train.settings import Settings
 
 __all__ = [
-    "SECTIONS", "Run", "all_images", "all_items", "assignment_warning", "data_shape", "denoiser", "draw", "emd_iteration",
+    "SECTIONS", "Run", "all_images", "all_items", "assignment_warning", "check", "data_shape", "denoiser", "draw", "emd_iteration",
     "experiment", "load_model", "load_run", "plan", "read_weights", "resolve", "run_plan", "teacher_targets", "trained_steps",
     "write_weights",
 ]  # fmt: skip
@@ -41,19 +41,8 @@ def experiment(config: ConfigDict) -> loop.Experiment:
     Raises ValueError for unknown sections, names or options, FileNotFoundError for absent data, CheckpointError
     for an absent teacher.
     """
-    for key in config:
-        if key not in SECTIONS:
-            raise ValueError(f"unknown section config.{key}; {names.nearest(key, SECTIONS)}")
-    absent = [key for key in ("seed", "data", "model", "method", "optim", "train") if key not in config]
-    if absent:
-        raise ValueError(f"the config lacks {absent}; see configs/quick/edm_digits.py for a complete one")
-    Settings.from_config(config.train.to_dict())
-    make = names.lookup(methods.METHODS, config.method.get("name"), "method")
-    if config.train.get("microbatches") and config.method.name not in methods.IN_MICROBATCHES:
-        raise ValueError(
-            f"train.microbatches is for the methods {methods.IN_MICROBATCHES}, found {config.method.name!r}: leave it out; sfd "
-            "has method.accumulate"
-        )
+    check(config)
+    make = methods.METHODS[config.method.name]
     config = resolve(config)
     parts = make(config)
     evaluated = None if planned.active() else along.evaluation_of(config, parts)
@@ -74,6 +63,23 @@ def experiment(config: ConfigDict) -> loop.Experiment:
         warning=parts.warning,
         tables=dict if evaluated is None else lambda: {"protocols": evaluated.protocols()},
     )
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for a config that is none of a training: its sections, its method, the keys of `train`."""
+    for key in config:
+        if key not in SECTIONS:
+            raise ValueError(f"unknown section config.{key}; {names.nearest(key, SECTIONS)}")
+    absent = [key for key in ("seed", "data", "model", "method", "optim", "train") if key not in config]
+    if absent:
+        raise ValueError(f"the config lacks {absent}; see configs/quick/edm_digits.py for a complete one")
+    Settings.from_config(config.train.to_dict())
+    names.lookup(methods.METHODS, config.method.get("name"), "method")
+    if config.train.get("microbatches") and config.method.name not in methods.IN_MICROBATCHES:
+        raise ValueError(
+            f"train.microbatches is for the methods {methods.IN_MICROBATCHES}, found {config.method.name!r}: leave it out; sfd "
+            "has method.accumulate"
+        )
 
 
 def all_images(data: ConfigDict) -> np.ndarray:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from diffjax import build
 from diffjax.build import methods, networks, planned, runs, sizes
 from diffjax.core import guidance, trees
-from diffjax.nn import attention, stack
+from diffjax.nn import attention
 from diffjax.runtime import chips, traffic, xla
 from diffjax.runtime import mesh as meshes
 from diffjax.sampling import generate
@@ -79,8 +79,8 @@ class Plan(NamedTuple):
 
 
 def target(topology: str, limit: float | None = None) -> Target:
-    """limit: in place of the chip's own. Raises ValueError for a topology that does not exist, or has no devices
-    here."""
+    """limit: in place of the chip's own, of which no program has more than there is. Raises ValueError for a topology
+    that does not exist, or has no devices here."""
     platform = chips.check(topology)
     chips.set_environment(topology)
     compiler = f"jax {jax.__version__}"
@@ -90,7 +90,11 @@ def target(topology: str, limit: float | None = None) -> Target:
     else:
         devices = _present(topology, platform)
     chip = chips.chip(topology, devices[0].device_kind)
-    return Target(topology, platform, devices, chip, limit or (chip and chip.hbm_bytes), compiler)
+    most = chip and chip.hbm_bytes
+    if platform == "gpu":  # JAX keeps a part of a GPU's memory for others
+        most = (devices[0].memory_stats() or {}).get("bytes_limit", most)
+    given = [size for size in (limit, most) if size is not None]
+    return Target(topology, platform, devices, chip, min(given, default=None), compiler)
 
 
 def _present(topology: str, platform: str) -> list[jax.Device]:
@@ -109,7 +113,13 @@ def _present(topology: str, platform: str) -> list[jax.Device]:
 
 
 def mesh_of(job: Job) -> Mesh:
-    """Raises ValueError for a layout of another number of devices."""
+    """Raises ValueError for a layout, or a train.num_devices, of another number of devices."""
+    number, wanted = len(job.target.devices), job.config.train.get("num_devices", 0)
+    if wanted not in (0, number):
+        raise ValueError(
+            f"found train.num_devices={wanted} and the {number} devices of {job.target.topology}: add "
+            "--config.train.num_devices=0, or let them agree"
+        )
     return meshes.make_mesh(devices=job.target.devices, layout=job.layout or job.config.train.get("mesh", ""))
 
 
@@ -125,7 +135,8 @@ def plan(job: Job, batch_size: int) -> Plan:
     """The program with this batch, on all devices together. Raises ValueError as building it does, and for a batch or a
     layout that does not divide."""
     mesh = mesh_of(job)
-    meshes.check_batch_size(batch_size, mesh)
+    if batch_size % parts_of_batch(mesh):
+        raise ValueError(f"found a batch of {batch_size} on {parts_of_batch(mesh)} parts of the mesh, expected a multiple")
     with attention.traced_for(job.target.platform):
         traced, params = (_sampling if job.is_sample else _training)(job, mesh, batch_size)
         lowered = traced.lower()
@@ -146,7 +157,7 @@ def plan(job: Job, batch_size: int) -> Plan:
     return found._replace(
         fits=limit is None or used.peak <= limit, peak=used.peak, state=used.arguments, work=used.peak - used.arguments,
         flops=sizes.product_flops(traced.jaxpr), accessed=traffic.accessed(used.text),
-        collectives=tuple(xla.each_collective(used.text)), seconds=used.seconds,
+        collectives=tuple(xla.collectives(used.text)), seconds=used.seconds,
     )  # fmt: skip
 
 
@@ -287,7 +298,8 @@ def largest(
 ) -> tuple[Plan | None, list[Plan]]:
     """(the plan of the largest batch that was found to fit, all that were compiled), by up to `compiles` compilations
     from a first, whose plan may be known. Raises ValueError where no limit is known."""
-    parts = parts_of_batch(mesh_of(job))
+    # what the rows of the search are of: parts on devices, and in turn on one
+    parts = math.lcm(parts_of_batch(mesh_of(job)), job.config.train.get("microbatches", 0) or 1)
     found = {} if known is None else {known.batch_size // parts: known}
 
     def measure(rows: int) -> Measured:
@@ -338,27 +350,37 @@ def _even(rows: int) -> int:
 
 
 class Change(NamedTuple):
-    """What was changed, as flags to type, and the job with it."""
+    """What was changed, as flags and their values, and the job with it."""
 
-    flags: str
+    flags: Mapping[str, Any]
     job: Job
+
+    @property
+    def text(self) -> str:
+        """As they are typed."""
+        return " ".join(f"{name}={value}" for name, value in self.flags.items())
+
+    def to(self, flag: str, value: Any, **job: Any) -> "Change":
+        """With one more."""
+        return Change({**self.flags, flag: value}, self.job._replace(**job))
 
 
 def fixes(job: Job, batch_size: int) -> Iterator[tuple[Change, Plan]]:
-    """What may make a step fit, in this order, up to the first that does: less kept for the gradient, more of the
-    devices on fsdp, and then a smaller batch, the largest that fits."""
-    change = Change("", job)
-    for attempt in (_with_remat, _with_fsdp):
-        nxt = attempt(change)
-        if nxt is not None:
-            change = nxt
+    """What may make a step fit, in this order, up to the first that does: less kept for the gradient, more and more of
+    the devices on fsdp, and then a smaller batch, the largest that fits. Flags are those of diffjax.cli.train, or of
+    diffjax.cli.sample."""
+    change = Change({}, job)
+    for attempt in (_with_remat, *[_with_fsdp] * len(job.target.devices)):
+        following = attempt(change)
+        if following is not None:
+            change = following
             found = plan(change.job, batch_size)
             yield change, found
             if found.fits:
                 return
     found, _ = largest(change.job, batch_size // 2)
     if found is not None:
-        yield _changed(change, f"--config.train.batch_size={found.batch_size}", change.job), found
+        yield change.to("--batch_size" if job.is_sample else "--config.train.batch_size", found.batch_size), found
 
 
 def _with_remat(change: Change) -> Change | None:
@@ -367,19 +389,16 @@ def _with_remat(change: Change) -> Change | None:
         model = build.resolve(job.config).model
     if job.is_sample or "remat" not in networks.defaults(model.name) or model.get("remat") == "nothing":
         return None
-    stack.check("nothing")
     config = ConfigDict(job.config.to_dict())
     config.model.remat = "nothing"
-    return _changed(change, "--config.model.remat=nothing", job._replace(config=config))
+    return change.to("--config.model.remat", "nothing", config=config)
 
 
 def _with_fsdp(change: Change) -> Change | None:
-    shape = mesh_of(change.job).shape
-    if shape["data"] == 1:
+    """Twice as many devices on fsdp, as long as data has them."""
+    shape = dict(mesh_of(change.job).shape)
+    if shape["data"] % 2:
         return None
-    text = f"fsdp:{shape['data'] * shape['fsdp']}" + (f",tensor:{shape['tensor']}" if shape["tensor"] > 1 else "")
-    return _changed(change, f"--config.train.mesh={text}", change.job._replace(layout=text))
-
-
-def _changed(change: Change, flag: str, job: Job) -> Change:
-    return Change(f"{change.flags} {flag}".strip(), job)
+    shape |= {"data": shape["data"] // 2, "fsdp": 2 * shape["fsdp"]}
+    text = ",".join(f"{axis}:{size}" for axis, size in shape.items() if size > 1)
+    return change.to("--mesh" if change.job.is_sample else "--config.train.mesh", text, layout=text)

@@ -169,9 +169,12 @@ class _Tally:
 
 
 def _turns(equation: Any) -> int:
-    """How often the bodies of an equation run; of a `while` the number that its condition compares with."""
+    """How often the bodies of an equation run; of a `while` the number that its condition compares with, of a
+    `shard_map` on all devices among which it shares its work."""
     if equation.primitive.name == "scan":
         return equation.params["length"]
+    if equation.primitive.name == "shard_map":
+        return math.prod(equation.params["mesh"].shape[axis] for axis in equation.params["newly_manual_axes"])
     if equation.primitive.name != "while":
         return 1
     compared = [e for e in equation.params["cond_jaxpr"].jaxpr.eqns if e.primitive.name == "lt"]
@@ -193,7 +196,8 @@ def _product_flops(equation: Any) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
     if equation.primitive.name == "conv_general_dilated":
         kernel, axes = equation.invars[1].aval.shape, equation.params["dimension_numbers"].rhs_spec
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in axes[1:])
+        zeros = math.prod(equation.params["lhs_dilation"])  # put between the inputs: of strides, in gradients
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in axes[1:]) / zeros
     return 0.0
 
 

@@ -46,8 +46,8 @@ def verified_lines(workdir: Path) -> Iterable[str]:
         yield "checkpoint      none yet"
     if damaged:
         raise DamagedError(
-            f"{len(damaged)} of {count} checkpoints of {workdir} are damaged, of steps {damaged}: running the same "
-            "command again puts the newest ones aside and goes on from the one before"
+            f"{len(damaged)} of {count} checkpoints of {workdir} are damaged, of steps {damaged}: training again "
+            "puts those aside that are newer than the last readable one, and goes on from that"
         )
 
 

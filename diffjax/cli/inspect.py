@@ -80,6 +80,12 @@ def main(values: absl_flags.FlagValues, folder: str = "") -> None:
         raise ValueError(f"found --video={values.video} beside a folder, --config or --workdir: give it alone")
     if folder and (values.config is not None or values.workdir):
         raise ValueError(f"found the folder {folder} beside --config or --workdir: give it alone")
+    planning = {"--mesh": values.mesh, "--teacher_config": values.teacher_config, "--sample": values.sample}
+    given = [name for name, value in planning.items() if value]
+    if given and (values.config is None or values.topology is None):
+        raise ValueError(f"found {' '.join(given)}, which need --config and --topology=v5e:4x4: add what is absent")
+    if values.topology is not None and (values.workdir or folder or values.compile):
+        raise ValueError("found --topology beside --workdir, --compile or a folder: give it with --config or --video")
     if values.video is not None:
         lines = video_lines(values)
     elif folder:
@@ -198,8 +204,8 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 def _parse_bytes(text: str) -> float:
     """Of 16GiB, 12GB or 800MiB."""
-    found = re.fullmatch(r"([0-9.]+) ?([MG])(i?)B", text)
-    if not found:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MG])(i?)B", text)
+    if not found or not float(found[1]):
         raise ValueError(f"found --budget={text}, expected a number of MiB, GiB, MB or GB, as 16GiB")
     return float(found[1]) * (1024 if found[3] else 1000) ** {"M": 2, "G": 3}[found[2]]
 
@@ -221,6 +227,7 @@ def config_lines(config: ConfigDict, compiled: bool = False) -> Iterable[str]:
     from diffjax.core import trees
     from diffjax.nn import stack
 
+    build.check(config)
     with tempfile.TemporaryDirectory() as folder:
         experiment = build.experiment(with_blank_data(build.resolve(config), Path(folder)))
         batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in next(experiment.batches()).items()}

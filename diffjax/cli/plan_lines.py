@@ -31,12 +31,15 @@ def lines(config: ConfigDict, asked: Asked) -> Iterable[str]:
     """The plan of a config, as it is found. Raises ValueError as `chips.set_environment` and building the config do,
     for a mesh of another number of devices, and where nothing fits."""
     chips.set_environment(asked.topology)
+    from diffjax import build
     from diffjax.build import plans
 
+    build.check(config)
     where = plans.target(asked.topology, asked.budget)
     job = plans.Job(config, where, asked.layout, teachers(config, asked.teacher), asked.is_sample)
     parts = plans.parts_of_batch(plans.mesh_of(job))
     batch = config.get("sample", {}).get("batch_size", parts) if asked.is_sample else config.train.batch_size
+    command = "diffjax.cli.sample" if asked.is_sample else "diffjax.cli.train"
     yield f"target            {len(where.devices)} devices of {where.topology}, {where.compiler}; nothing is run"
     found = plans.plan(job, batch)
     yield from plan_lines(found, job)
@@ -45,7 +48,7 @@ def lines(config: ConfigDict, asked: Asked) -> Iterable[str]:
     elif found.fits:
         yield from _largest_lines(job, found)
     else:
-        yield from _fix_lines(job, batch)
+        yield from _fix_lines(job, batch, command)
 
 
 def teachers(config: ConfigDict, given: str) -> dict[str, ConfigDict]:
@@ -113,13 +116,13 @@ def _largest_lines(job: "plans.Job", found: "plans.Plan") -> Iterable[str]:
     )
 
 
-def _fix_lines(job: "plans.Job", batch: int) -> Iterable[str]:
-    """What was tried to make it fit, and the flags to type. Raises ValueError where nothing did."""
+def _fix_lines(job: "plans.Job", batch: int, command: str) -> Iterable[str]:
+    """What was tried to make it fit, and the flags of `command` to type. Raises ValueError where nothing did."""
     from diffjax.build import plans
 
     for change, found in plans.fixes(job, batch):
         size = "" if found.peak is None else f": {readable_bytes(found.peak)} a device"
-        yield f"{'this fits' if found.fits else 'tried':17s} {change.flags}{size}"
+        yield f"{'this fits' if found.fits else 'tried':17s} {command} {change.text}{size}"
         if found.fits:
             yield from plan_lines(found, change.job)
             return

@@ -66,8 +66,9 @@ def sizes() -> dict[str, int]:
 
 
 def weight(kernel: Array, dtype: Any, split: Split = "") -> Array:
-    """`kernel` in this type, whole along fsdp, for the product that uses it. Its gradient is added up in the kernel's own
-    type and leaves each device its part: what moves is an all-gather in `dtype`, and a reduce-scatter."""
+    """`kernel` in this type, whole along fsdp, for the product that uses it. Its gradient comes back in parts and in the
+    kernel's own type: what moves is an all-gather in `dtype`, and a reduce-scatter. The devices' products are added up
+    there in the type that they have, `dtype`, as in other bfloat16 training."""
     if "fsdp" not in (mesh := sizes()):
         return kernel.astype(dtype)
     stored = _spec(kernel.shape, split, mesh)

@@ -188,6 +188,17 @@ def check_place(workdir: str | os.PathLike[str], config: Mapping[str, Any], abst
     _on_all(check)
 
 
+def check_moved(workdir: str | os.PathLike[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises CheckpointError where the config of a run names another folder than before, and the checkpoints are not
+    there: the run would start again, and its log with it."""
+    old, new = place(workdir, before), place(workdir, now)
+    if old != new and steps_in(old) and not steps_in(new):
+        raise CheckpointError(
+            f"the checkpoints of {workdir} lie in {old}, expected in {new}: copy them there, then run this again, or use "
+            "another --workdir"
+        )
+
+
 def steps(workdir: str | os.PathLike[str]) -> list[int]:
     """Steps of the finished checkpoints, increasing. Raises CheckpointError for a foreign folder, and as `place`."""
     return steps_in(place(workdir))

@@ -21,7 +21,7 @@ from etils import epath
 
 from diffjax.core import trees
 from diffjax.core.types import Params
-from diffjax.runtime import checkpoint, checksums, configs, exchange
+from diffjax.runtime import buckets, checkpoint, checksums, configs, exchange
 from diffjax.runtime.checkpoint import CheckpointError
 
 UNREADABLE = "unreadable_"  # before the name of a folder of checkpoints: what was put aside
@@ -307,6 +307,8 @@ def _under(
 def _put_aside(folder: epath.Path) -> epath.Path:
     aside = folder.parent.with_name(UNREADABLE + folder.parent.name)
     aside.mkdir(parents=True, exist_ok=True)
+    if buckets.is_address(aside):  # where a folder is there by what lies in it alone
+        (aside / "about.txt").write_text("checkpoints that could not be read\n")
     target = aside / folder.name
     while target.exists():
         target = target.with_name(target.name + "_again")

@@ -60,7 +60,7 @@ def check(topology: str) -> str:
     if kind == "cpu" and rest.isdecimal() and int(rest):
         return kind
     dims = 2 if kind.endswith("e") else 3
-    if kind in TPUS and re.fullmatch(r"\d+" + (dims - 1) * r"x\d+", rest):
+    if kind in TPUS and re.fullmatch(r"[1-9]\d*" + (dims - 1) * r"x[1-9]\d*", rest):
         return "tpu"
     known = [name for name in TOPOLOGIES if name.startswith(f"{kind}:")] or [*TOPOLOGIES, "cpu:8", "gpu"]
     raise ValueError(f"no topology {topology!r} to compile for; {names.nearest(topology, known)}")
@@ -70,7 +70,7 @@ def chip(topology: str, device_kind: str = "") -> Chip | None:
     """That of a topology, or of a device by the name that JAX has for it; None for one that is not in CHIPS."""
     if check(topology) == "tpu":
         return CHIPS[topology.partition(":")[0]]
-    return next((found for name, found in CHIPS.items() if name in device_kind.lower()), None)
+    return next((found for name, found in CHIPS.items() if re.search(rf"\b{name}\b", device_kind.lower())), None)
 
 
 def set_environment(topology: str, environ: MutableMapping[str, str] = os.environ) -> None:

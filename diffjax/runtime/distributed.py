@@ -12,10 +12,8 @@ process that ends by an error; 75, "run the same command again", where one was l
 
 import contextlib
 import glob
-import importlib.metadata
 import os
 import re
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -23,7 +21,7 @@ from typing import NamedTuple
 
 import jax
 
-from diffjax.runtime import heartbeat, relay, rollcall
+from diffjax.runtime import heartbeat, relay, report, rollcall
 from diffjax.runtime.guards import PREEMPTED_EXIT_CODE
 from diffjax.runtime.launchers import Place, split_address
 
@@ -80,7 +78,7 @@ def session(
     if place is None:
         yield
         return
-    versions = {name: importlib.metadata.version(name) for name in ("diffjax", "jax", "jaxlib")}
+    versions = {name: version for name, version in report.versions().items() if name in ("diffjax", "jax", "jaxlib")}
     roll = rollcall.hold(place, {**facts, **versions}, timeout_s, clock)
     _peers = heartbeat.Peers(place.process_id, roll, lost_after_s)
     try:
@@ -178,11 +176,7 @@ def _fail(error: BaseException, ending: Callable[[BaseException], Ending]) -> No
     if _LATE.search(end.text):
         end = Ending(f"{end.text}\nThe processes did not meet in time: run the same command again", PREEMPTED_EXIT_CODE)
     _peers.fail(end.text, end.code)
-    if end.stack:
-        traceback.print_exception(error)
-    else:
-        print(f"error: {end.text}", file=sys.stderr)
-    heartbeat.stop(end.code)
+    heartbeat.stop(end.code, "".join(traceback.format_exception(error)) if end.stack else f"error: {end.text}\n")
 
 
 def _collective_broke(error: BaseException | None) -> bool:

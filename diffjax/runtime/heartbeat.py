@@ -9,6 +9,7 @@ ends the process by os._exit. Code that holds Python's lock for `lost_after_s` k
 """
 
 import collections
+import contextlib
 import os
 import queue
 import selectors
@@ -232,14 +233,15 @@ class Peers:
         if process != self.process and code != PREEMPTED_EXIT_CODE:
             time.sleep(_GRACE_S)  # the same error may have come up here
         if not self._leaving:
-            print(f"error: {text}", file=sys.stderr)
-            stop(code)
+            stop(code, f"error: {text}\n")
 
 
-def stop(code: int) -> None:
-    """End the process now: what JAX and other threads still wait for may never come."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+def stop(code: int, text: str) -> None:
+    """End the process now, with a last text on stderr: what JAX and other threads still wait for may never come, and
+    nobody may read any more, or the disk of the log be full."""
+    for stream, last in ((sys.stdout, ""), (sys.stderr, text)):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a broken pipe, a closed stream, none
+            stream.write(last)
             stream.flush()
     os._exit(code)
 

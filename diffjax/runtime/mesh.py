@@ -116,7 +116,5 @@ def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises ValueError unless every device gets the same number of samples."""
     parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH)
     if batch_size % parts:
-        raise ValueError(
-            f"batch size {batch_size} does not divide over {parts} devices: use a multiple of {parts}, "
-            f"or fewer devices with --config.train.num_devices=1"
-        )
+        fewer = ", or fewer devices with --config.train.num_devices=1" if jax.process_count() == 1 else ""
+        raise ValueError(f"batch size {batch_size} does not divide over {parts} devices: use a multiple of {parts}{fewer}")

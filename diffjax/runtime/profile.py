@@ -3,7 +3,7 @@
     with profile.Profile("runs/demo", steps=10, say=print) as tracer:
         for step in range(1, 100):
             ...
-            tracer.step(step, settle)  # at each step boundary; settle() waits for the steps in flight
+            tracer.step(step, wait)  # at each step boundary; wait() for the steps in flight
 
 Writes runs/demo/profile/summary.md and summary.json; the trace itself lies beside them and is read by
 `xprof runs/demo/profile` (pip install xprof) or, its .trace.json.gz, by ui.perfetto.dev.
@@ -49,11 +49,11 @@ class Profile:
         if self._left and not self._traced and error is None:
             self._say("no profile: the session ended within its first three steps, which are not traced")
 
-    def step(self, step: int, settle: Callable[[], object]) -> None:
+    def step(self, step: int, wait: Callable[[], object]) -> None:
         """Say that `step` steps of the run were started.
 
-        settle: waits until they are done, so that the trace holds its steps whole; called before the first and behind the
-        last of them.
+        wait: until they are done, so that the trace holds its steps whole; called before the first and behind the last of
+        them, of several processes by the first alone.
         """
         if not self._left:
             return
@@ -61,13 +61,13 @@ class Profile:
         if self._annotation is not None:
             self._left, self._traced = self._left - 1, self._traced + 1
             if not self._left:
-                settle()
+                wait()
             self._annotation.__exit__(None, None, None)
             if not self._left:
                 self._stop(summary=True)
                 return
         elif self._boundaries == 2:
-            settle()
+            wait()
             self._start(step)
         if self._boundaries >= 2:
             self._annotation = jax.profiler.StepTraceAnnotation(traces.STEP_NAME, step_num=step + 1)

@@ -15,13 +15,13 @@ _ARRAY = re.compile(r"[a-z]+\d*\w*\[[\d,]*\](?:\{[^}]*\})?")
 _FREE = frozenset((
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "after-all", "iota",
     "partition-id", "copy-done", "all-gather-done", "all-reduce-done", "collective-permute-done", "async-done",
-    "async-update", "broadcast", "reshape",
+    "async-update", "broadcast", "reshape", "slice-start",
 ))  # fmt: skip
 _PARTS = ("slice", "dynamic-slice", "gather")  # which read of their first operand what they give
 
 
 def accessed(program: str) -> int:
-    """Of one call of a compiled program (`compiled.as_text()`). Raises ValueError as `xla.each_collective`."""
+    """Of one call of a compiled program (`compiled.as_text()`). Raises ValueError as `xla.collectives`."""
     lines, entry = xla.computations(program)
     return _of(entry, lines)
 
@@ -46,8 +46,10 @@ def _one(
     lines: dict[str, list[str]],
 ) -> int:  # fmt: skip
     """Bytes of one instruction."""
-    if kind in _FREE:
+    if kind in _FREE or "AllocateBuffer" in line:
         return 0
+    if kind == "slice-done":  # from the memory; to it where the slice does not stay on the chip
+        return xla.array_bytes(result) + _bytes(result)
     operands = table[name][2]
     sizes = [_bytes(table[operand][0]) if operand in table else 0 for operand in operands]
     if kind in _PARTS:

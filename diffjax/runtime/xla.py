@@ -25,13 +25,6 @@ def set_flags(environ: MutableMapping[str, str] = os.environ) -> None:
         environ["XLA_FLAGS"] = f"{flags} {_YNN}=-individual_convolution".strip()
 
 
-class Moved(NamedTuple):
-    """How often a kind of collective runs in a program, and the bytes of all its results on one device."""
-
-    number: int
-    num_bytes: int
-
-
 class Collective(NamedTuple):
     """One of a program's. arrays: (bytes, dimensions) of each result on one device; turns: how often it runs; devices:
     how many take part."""
@@ -66,18 +59,8 @@ _GROUPS = (re.compile(r"replica_groups=\{\{([\d,]+)\}"), re.compile(r"replica_gr
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
 
 
-def collectives(program: str) -> dict[str, Moved]:
-    """Kind -> how much of it there is in one call of a compiled program, of its text (`compiled.as_text()`). Raises
-    ValueError as `each_collective`."""
-    found: dict[str, Moved] = {}
-    for one in each_collective(program):
-        number, total = found.get(one.kind, (0, 0))
-        found[one.kind] = Moved(number + one.turns, total + one.num_bytes)
-    return dict(sorted(found.items()))
-
-
-def each_collective(program: str) -> list[Collective]:
-    """All collectives of a compiled program.
+def collectives(program: str) -> list[Collective]:
+    """All collectives of a compiled program, of its text (`compiled.as_text()`).
 
     Loops count as often as they run: by the compiler's word, or else by the number that their condition compares with,
     their most. Of branches the one that moves the most bytes counts.
@@ -106,7 +89,7 @@ def computations(program: str) -> tuple[dict[str, list[str]], str]:
 
 
 def loop(line: str, lines: dict[str, list[str]]) -> tuple[str, int] | None:
-    """(body, turns) where a line is a loop. Raises ValueError as `each_collective`."""
+    """(body, turns) where a line is a loop. Raises ValueError as `collectives`."""
     found = _WHILE.search(line)
     if not found:
         return None

@@ -82,6 +82,7 @@ def run(
     saved = configs.read(workdir)
     if saved is not None:
         configs.check(saved, config, str(workdir / configs.FILE_NAME))
+        checkpoint.check_moved(workdir, saved, config)
     checkpoint.check_place(workdir, config, abstract)
     restored = checkpoint_read.read_newest(workdir, abstract, config, _say)
     if jax.process_index() == 0:
@@ -192,7 +193,7 @@ class _Session:
                 step += 1
                 done = self.in_flight.push(step, metrics)
             self._record(done)
-            self.profile.step(step, self._settle)
+            self.profile.step(step, functools.partial(self._wait, state))
             self._after(step, state)
         self._settle()
         if self.means.count:
@@ -288,6 +289,11 @@ class _Session:
         with self.clock.account("train"), self._blame():
             done = self.in_flight.drain()
         self._record(done)
+
+    def _wait(self, state: TrainState) -> None:
+        """For the steps in flight, of one process alone: what they say is still heard where the others hear it."""
+        with self.clock.account("train"):
+            jax.block_until_ready(state)
 
     @contextlib.contextmanager
     def _blame(self) -> Iterator[None]:

@@ -111,6 +111,33 @@ def test_flops_are_those_of_inspect_and_of_the_network(plan, tmp_path):
     assert 0.85 < ours / theirs < 1
 
 
+def test_microbatches_change_no_flops_and_divide_the_batches_that_are_tried(cpu8, monkeypatch):
+    """A device computes its parts in turn: all of them together what they compute at once."""
+    flops = {
+        (number, layout): plans.plan(plans.Job(tiny(microbatches=number), cpu8, layout), 32).flops
+        for number, layout in ((0, ""), (16, ""), (8, "data:2,fsdp:2,tensor:2"))
+    }
+    assert len(set(flops.values())) == 1, flops
+    tried = []
+    plan = lambda job, n: tried.append(n) or plans.Plan(n, {}, 1, n <= 200, n * 5e6, state=0)  # noqa: E731
+    monkeypatch.setattr(plans, "plan", plan)
+    best, _ = plans.largest(plans.Job(tiny(microbatches=16), cpu8, ""), 32)
+    assert best.batch_size > 100 and len(tried) > 2 and all(n % 16 == 0 for n in tried)
+
+
+def test_the_gradient_of_a_stride_has_the_flops_of_its_products():
+    """Of y = conv(x) with a stride of 2: each of its products is in it, in the gradient to x and in that to the kernel."""
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    given = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32), jax.ShapeDtypeStruct((3, 3, 3, 5), np.float32)
+    forwards = sizes.product_flops(jax.jit(conv).trace(*given).jaxpr)
+    assert forwards == 2 * 8 * 8 * 5 * 9 * 3
+    gradients = jax.jit(lambda x, k, g: jax.vjp(conv, x, k)[1](g)).trace(*given, jax.eval_shape(conv, *given))
+    assert sizes.product_flops(gradients.jaxpr) == 3 * forwards
+
+
 def test_loops_and_branches_count_as_often_as_they_run():
     a = np.zeros((8, 8), np.float32)
 
@@ -159,7 +186,8 @@ def test_without_the_bytes_of_what_does_not_fit_the_search_halves():
 
 
 def test_what_makes_a_step_fit_in_the_order_of_its_cost(cpu8, monkeypatch):
-    """Blocks computed again, fsdp in place of data, a smaller batch, by a fake compiler that says what each needs."""
+    """Blocks computed again, more and more fsdp in place of data, a smaller batch, by a fake compiler that says what each
+    needs."""
     needs = {"": 100, "nothing": 60}
     asked = []
 
@@ -172,12 +200,15 @@ def test_what_makes_a_step_fit_in_the_order_of_its_cost(cpu8, monkeypatch):
     monkeypatch.setattr(plans, "plan", plan)
     job = plans.Job(tiny(), cpu8._replace(limit=75), "data:4,fsdp:2")
     found = list(plans.fixes(job, 16))
-    assert [change.flags for change, _ in found] == [
-        "--config.model.remat=nothing", "--config.model.remat=nothing --config.train.mesh=fsdp:8"
+    assert [change.text for change, _ in found] == [
+        "--config.model.remat=nothing", "--config.model.remat=nothing --config.train.mesh=data:2,fsdp:4",
+        "--config.model.remat=nothing --config.train.mesh=fsdp:8",
     ]  # fmt: skip
-    assert [one.fits for _, one in found] == [False, True]
+    assert [one.fits for _, one in found] == [False, False, True]
     small = list(plans.fixes(job._replace(target=cpu8._replace(limit=45)), 16))
-    assert small[-1][0].flags.endswith("--config.train.mesh=fsdp:8 --config.train.batch_size=8") and small[-1][1].fits
+    assert small[-1][0].text.endswith("--config.train.mesh=fsdp:8 --config.train.batch_size=8") and small[-1][1].fits
+    sampled = list(plans.fixes(job._replace(target=cpu8._replace(limit=65), is_sample=True), 16))
+    assert sampled[-1][0].text == "--mesh=fsdp:8 --batch_size=8" and sampled[-1][1].fits
     assert not list(plans.fixes(job._replace(target=cpu8._replace(limit=11)), 16))[-1][1].fits
 
 
@@ -194,6 +225,7 @@ def test_lines_of_a_plan_and_of_sampling(capsys):
         (plan_lines.Asked("v5e:4x5x4"), "no topology 'v5e:4x5x4'.*did you mean 'v5e:4x4'"),
         (plan_lines.Asked("v7:4x4"), "no topology 'v7:4x4'.*did you mean"),
         (plan_lines.Asked("cpu:0"), "no topology 'cpu:0'"),
+        (plan_lines.Asked("v5e:0x4"), "no topology 'v5e:0x4'"),
         (plan_lines.Asked("cpu:64"), "JAX has started with 8 CPU devices"),
         (plan_lines.Asked("cpu:8", "fsdp:5"), "is of 5 devices, found 8"),
         (plan_lines.Asked("cpu:8", "fdsp:8"), "did you mean 'fsdp'"),
@@ -206,8 +238,55 @@ def test_mistakes_are_said_before_any_work(asked, message):
         list(plan_lines.lines(tiny(), asked))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda config: config.__delitem__("train"), r"the config lacks \['train'\]"),
+        (lambda config: config.train.__delitem__("batch_size"), r"the section train lacks \['batch_size'\]"),
+        (lambda config: config.train.update({"num_devices": 4}), "found train.num_devices=4 and the 8 devices of cpu:8"),
+        (lambda config: config.train.update({"batch_size": 6}), "found a batch of 6 on 8 parts of the mesh"),
+    ],
+)
+def test_configs_that_cannot_be_planned_are_refused(change, message):
+    config = tiny()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        list(plan_lines.lines(config, plan_lines.Asked("cpu:8")))
+
+
+@pytest.mark.parametrize(
+    "flags_, message",
+    [
+        (("--config=configs/quick/edm_digits.py", "--mesh=fsdp:8"), "found --mesh, which need --config and --topology"),
+        (("--workdir=runs/none", "--topology=cpu:8"), "found --topology beside --workdir"),
+        (("--config=configs/quick/edm_digits.py", "--topology=cpu:8", "--budget=1.2.3GiB"), "found --budget=1.2.3GiB"),
+        (("--config=configs/quick/edm_digits.py", "--topology=cpu:8", "--budget=0GiB"), "found --budget=0GiB"),
+    ],
+)
+def test_flags_that_say_nothing_together_are_refused(flags_, message, capsys):
+    assert flags.run(inspect.__doc__, inspect.define, inspect.main, ["inspect", *flags_]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.fast
+def test_a_budget_is_at_most_what_a_chip_has(monkeypatch):
+    monkeypatch.setattr(plans, "_present", lambda topology, platform: [GPU()])
+    assert plans.target("gpu").limit == 60e9 and plans.target("gpu", 1e9).limit == 1e9
+    assert plans.target("gpu", 1e12).limit == 60e9
+
+
+class GPU:
+    """What JAX says of one whose memory it does not have whole."""
+
+    device_kind = "NVIDIA H100 80GB HBM3"
+
+    def memory_stats(self):
+        return {"bytes_limit": 60e9}
+
+
 @pytest.mark.fast
 def test_the_table_of_chips():
+    assert chips.chip("gpu", "NVIDIA GH200 480GB") is None
     assert chips.chip("v5e:4x4") == chips.CHIPS["v5e"] and chips.chip("gpu", "NVIDIA H200") == chips.CHIPS["h200"]
     assert chips.chip("cpu:8", "cpu") is None
     for one in chips.CHIPS.values():  # products a byte of memory: some hundred on all of them

@@ -151,7 +151,7 @@ def test_a_relay_stays_open_when_the_coordinator_is_gone():
 # Real processes --------------------------------------------------------------------------------------------------
 
 
-def start(number, *options):
+def start(number, *options, stderr=subprocess.STDOUT):
     """As many processes as `options`, numbered from 0, of a run of `number`."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("DIFFJAX_", "XLA_FLAGS"))}
     variables |= {"PYTHONPATH": os.pathsep.join(sys.path), "DIFFJAX_COORDINATOR": f"127.0.0.1:{free_port()}"}
@@ -159,7 +159,7 @@ def start(number, *options):
         subprocess.Popen(
             [sys.executable, together_example.__file__, json.dumps(given)],
             env={**variables, "DIFFJAX_NUM_PROCESSES": str(number), "DIFFJAX_PROCESS_ID": str(process)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE, stderr=stderr, text=True,
         )
         for process, given in enumerate(options)
     ]  # fmt: skip
@@ -232,3 +232,14 @@ def test_a_barrier_that_one_misses_and_a_stop_of_all():
     assert all("barrier 'at 2': 1 of 2 processes came within 1 s, not process 1 of 2" in log for _, log in stays), stays
     stops = finish(start(2, *[{"at": 2, "does": "exit"}] * 2))
     assert [code for code, _ in stops] == [75, 75] and not any("error" in log for _, log in stops), stops
+
+
+def test_a_process_whose_log_nobody_reads_ends():
+    """Its last words cannot be written: it must not hold its devices for ever."""
+    processes = start(2, *[{"steps": 400}] * 2, stderr=subprocess.PIPE)
+    wait_for(processes[1], "step 5:")
+    processes[1].stderr.close()
+    processes[0].kill()
+    assert processes[1].wait(timeout=30) == 75
+    processes[1].stderr = None
+    finish(processes)

@@ -37,3 +37,16 @@ def test_a_profile_of_a_run(tmp_path, capfd):
     assert tables["steps"][0]["steps"] == 4 and tables["steps"][0]["devices"] == 1
     assert {row["time"] for row in tables["shares"]} == {"compute", "collectives", "transfers", "host gaps"}
     assert f"profile: {tmp_path / 'profile' / 'summary.md'}" in capfd.readouterr().err
+
+
+def test_the_process_that_traces_hears_wishes_when_the_others_do(tmp_path, monkeypatch):
+    """They come with the metrics of a step: taken earlier by the first process alone, it would save while the others
+    train."""
+    taken, drain = [], guards.InFlight.drain
+    monkeypatch.setattr(guards.InFlight, "drain", lambda self: taken.append(1) or drain(self))
+    config = loop_example.make_config()
+    counts = []
+    for steps in (0, 4):
+        loop.run(loop_example.make_experiment(config), config, tmp_path / str(steps), profile_steps=steps)
+        counts.append(len(taken))
+    assert counts[0] > 0 and counts[1] == 2 * counts[0]

@@ -116,6 +116,18 @@ def test_kill_9_after_a_checkpoint_repeats_the_lost_steps(whole, tmp_path, capfd
     assert_same(state, found, workdir, tmp_path)
 
 
+def test_another_folder_of_checkpoints_does_not_begin_the_run_again(whole, tmp_path):
+    _, folder, _ = whole
+    shutil.copytree(folder, tmp_path / "run")
+    log = (tmp_path / "run" / "metrics.jsonl").read_text()
+    config = loop_example.make_config(checkpoint_folder=str(tmp_path / "other")) | {"allow_config_change": True}
+    with pytest.raises(checkpoint.CheckpointError, match=f"lie in .*run/checkpoints, expected in {tmp_path / 'other'}"):
+        loop.run(loop_example.make_experiment(config), config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == log
+    shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "other")
+    assert int(loop.run(loop_example.make_experiment(config), config, tmp_path / "run").step) == TOTAL_STEPS
+
+
 def test_kill_9_before_the_first_checkpoint_starts_again(whole, tmp_path):
     state, workdir, _ = whole
     run(tmp_path, total_images=4 * loop_example.BATCH_SIZE)
