@@ -15,6 +15,8 @@ import functools
 import itertools
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,12 +109,12 @@ def row_of(recipe: str, topology: str, layout: str, level: str, found: Any, targ
 def plan_row(recipe: str, topology: str, layout: str, level: str, first: int, compiles: int) -> dict[str, Any]:
     """The largest batch of a recipe that fits, of so many compiled ones. first: images a chip, 0 for the recipe's
     batch."""
-    from diffjax.build import plans
+    from diffjax.build import fitting, plans
 
     config, teachers = RECIPES[recipe]()
     job = plans.Job(config, plans.target(topology), layout, teachers)
     batch_size = first * len(job.target.devices) or config.train.batch_size
-    best, tried = plans.largest(job, batch_size, compiles=compiles)
+    best, tried = fitting.largest(job, batch_size, compiles=compiles)
     return row_of(recipe, topology, layout, level, best or tried[-1], job.target, len(tried))
 
 
@@ -140,11 +142,9 @@ def grown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def write(tables: dict[str, list[dict[str, Any]]], out: str) -> Path:
     import importlib.metadata
 
-    import jax
-
     from diffjax.runtime import report
 
-    compiler = f"jax {jax.__version__}, libtpu {importlib.metadata.version('libtpu')}"
+    compiler = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "libtpu"))
     text = (
         f"By {compiler}; nothing was run. Of one chip: `peak_GiB` as the compiler plans it at its effort `level`, and "
         "the bytes that collectives leave there in a step, loops as often as they run. Collective-permutes are rings, "
@@ -158,6 +158,50 @@ def write(tables: dict[str, list[dict[str, Any]]], out: str) -> Path:
     return report.write_report(out, "Plans of training on TPUs", [("Largest batches and collectives", text)], tables)
 
 
+def wanted_rows(arguments: argparse.Namespace) -> list[tuple[str, str, str, str]]:
+    """(table, recipe, topology, mesh) of each; weak scaling with all recipes and topologies only."""
+    pairs = itertools.product(arguments.recipes, arguments.topologies)
+    rows = [("plans", recipe, where, arguments.mesh or TARGETS.get(where, "fsdp:-1")) for recipe, where in pairs]
+    if (arguments.recipes, arguments.topologies) == (list(RECIPES), list(TARGETS)):
+        rows += [("weak_scaling", "dit", *layout) for layout in layouts_of_scaling()]
+    return rows
+
+
+def compute(arguments: argparse.Namespace) -> None:
+    """One row, in this process, whose last line of output it is."""
+    table, recipe, topology, layout = arguments.row
+    chips.set_environment(topology)
+    import jax
+
+    jax.config.update("jax_optimization_level", arguments.level)
+    make = scaling_row if table == "weak_scaling" else functools.partial(
+        plan_row, first=arguments.first, compiles=arguments.compiles
+    )  # fmt: skip
+    print(json.dumps(make(recipe, topology, layout, arguments.level)))
+
+
+def make_all(arguments: argparse.Namespace) -> list[str]:
+    """Every row that is not there yet, in a process of its own: the compiler keeps memory, and some of its faults end the
+    process. Returns what failed."""
+    kept, keys, failed = Path(arguments.out, "report.json"), ("recipe", "topology", "mesh", "level"), []
+    tables = json.loads(kept.read_text())["tables"] if kept.exists() else {"plans": [], "weak_scaling": []}
+    for table, *wanted in wanted_rows(arguments):
+        if any([row[key] for key in keys] == [*wanted, arguments.level] for row in tables[table]):
+            continue
+        options = [f"--{name}={getattr(arguments, name)}" for name in ("first", "compiles", "level")]
+        command = [sys.executable, __file__, *options, "--row", table, *wanted]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            failed.append(f"{' '.join(wanted)}: its process ended with code {done.returncode}")
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        tables[table].append(row)
+        write(tables, arguments.out)
+        print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+    print(f"report: {write(tables, arguments.out)}")
+    return failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -167,35 +211,21 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="images a chip to try first, not those of the recipe")
     parser.add_argument("--level", default="O0", choices=LEVELS, help="the compiler's effort; O0 is fastest")
     parser.add_argument("--out", default="runs/plans")
+    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.row:
+        compute(arguments)
+        return
     try:
         for topology in arguments.topologies:
             if chips.check(topology) != "tpu":
                 raise ValueError(f"found the topology {topology}, expected a TPU's, as {' '.join(TARGETS)}")
-            chips.set_environment(topology)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
-    import jax
-
-    jax.config.update("jax_optimization_level", arguments.level)
-    kept, keys = Path(arguments.out, "report.json"), ("recipe", "topology", "mesh", "level")
-    tables = json.loads(kept.read_text())["tables"] if kept.exists() else {"plans": [], "weak_scaling": []}
-
-    def add(table: str, make: Callable[..., dict[str, Any]], *wanted: str) -> None:
-        if any(tuple(row[key] for key in keys) == (*wanted, arguments.level) for row in tables[table]):
-            return
-        row = make(*wanted, arguments.level)
-        tables[table].append(row)
-        write(tables, arguments.out)
-        print({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-
-    best = functools.partial(plan_row, first=arguments.first, compiles=arguments.compiles)
-    for recipe, topology in itertools.product(arguments.recipes, arguments.topologies):
-        add("plans", best, recipe, topology, arguments.mesh or TARGETS.get(topology, "fsdp:-1"))
-    is_whole = (arguments.recipes, arguments.topologies) == (list(RECIPES), list(TARGETS))
-    for topology, layout in layouts_of_scaling() if is_whole else ():
-        add("weak_scaling", scaling_row, "dit", topology, layout)
-    print(f"report: {write(tables, arguments.out)}")
+    failed = make_all(arguments)
+    if failed:
+        again = "error: the report lacks these rows; started again with --recipes, --topologies and another --first it adds them:"
+        parser.exit(1, "\n  ".join([again, *failed]) + "\n")
 
 
 if __name__ == "__main__":

@@ -104,12 +104,13 @@ def _time_line(seconds: "plans.Estimate", call: str) -> str:
 
 
 def _largest_lines(job: "plans.Job", found: "plans.Plan") -> Iterable[str]:
-    from diffjax.build import plans
+    from diffjax.build import fitting
 
-    best, tried = plans.largest(job, found.batch_size, found)
+    best, tried = fitting.largest(job, found.batch_size, found)
     devices = len(job.target.devices)
-    above = min((one.batch_size for one in tried if not one.fits), default=0)
+    above = min((one.batch_size for one in tried if not one.fits and not one.problem), default=0)
     bound = f"; {above:,} does not" if above else ""
+    bound += "".join(f"; {one.problem}" for one in tried if one.problem)
     yield (
         f"largest batch     {best.batch_size:,} fits, {best.batch_size / devices:.4g} a device, with "
         f"{readable_bytes(best.peak)}{bound} ({len(tried)} batches compiled)"
@@ -118,9 +119,9 @@ def _largest_lines(job: "plans.Job", found: "plans.Plan") -> Iterable[str]:
 
 def _fix_lines(job: "plans.Job", batch: int, command: str) -> Iterable[str]:
     """What was tried to make it fit, and the flags of `command` to type. Raises ValueError where nothing did."""
-    from diffjax.build import plans
+    from diffjax.build import fitting, plans
 
-    for change, found in plans.fixes(job, batch):
+    for change, found in fitting.fixes(job, batch):
         size = "" if found.peak is None else f": {readable_bytes(found.peak)} a device"
         yield f"{'this fits' if found.fits else 'tried':17s} {command} {change.text}{size}"
         if found.fits:

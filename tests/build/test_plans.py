@@ -1,7 +1,10 @@
 """Plans of runs on devices that are not here: shapes alone, memory, FLOPs, collectives, the search for a batch that
 fits."""
 
+import argparse
+import importlib.metadata
 import importlib.util
+import json
 import math
 import os
 import re
@@ -15,7 +18,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from diffjax import build
-from diffjax.build import planned, plans, sizes
+from diffjax.build import fitting, planned, plans, sizes
 from diffjax.cli import flags, inspect, plan_lines
 from diffjax.core import trees
 from diffjax.runtime import chips, traffic, xla
@@ -121,7 +124,7 @@ def test_microbatches_change_no_flops_and_divide_the_batches_that_are_tried(cpu8
     tried = []
     plan = lambda job, n: tried.append(n) or plans.Plan(n, {}, 1, n <= 200, n * 5e6, state=0)  # noqa: E731
     monkeypatch.setattr(plans, "plan", plan)
-    best, _ = plans.largest(plans.Job(tiny(microbatches=16), cpu8, ""), 32)
+    best, _ = fitting.largest(plans.Job(tiny(microbatches=16), cpu8, ""), 32)
     assert best.batch_size > 100 and len(tried) > 2 and all(n % 16 == 0 for n in tried)
 
 
@@ -170,18 +173,18 @@ def test_the_largest_batch_of_a_fake_device(fixed, each, first):
     """Memory a + b n: found within the grid of the search, in a few measurements."""
     measured = []
 
-    def measure(rows: int) -> plans.Measured:
+    def measure(rows: int) -> fitting.Measured:
         measured.append(rows)
-        return plans.Measured(fixed + each * rows, fixed + each * rows <= 16e9, fixed)
+        return fitting.Measured(fixed + each * rows, fixed + each * rows <= 16e9, fixed)
 
     exact = int((16e9 - fixed) // each)
-    found = plans.largest_rows(measure, 16e9, first)
-    assert found <= exact and found >= 0.93 * exact - 1 and len(measured) <= 4 < plans.COMPILES
+    found = fitting.largest_rows(measure, 16e9, first)
+    assert found <= exact and found >= 0.93 * exact - 1 and len(measured) <= 4 < fitting.COMPILES
 
 
 def test_without_the_bytes_of_what_does_not_fit_the_search_halves():
     tried = []
-    assert plans.largest_rows(lambda n: tried.append(n) or plans.Measured(None, n <= 5), 1.0, 32) == 4
+    assert fitting.largest_rows(lambda n: tried.append(n) or fitting.Measured(None, n <= 5), 1.0, 32) == 4
     assert tried == [32, 16, 8, 4]
 
 
@@ -199,17 +202,59 @@ def test_what_makes_a_step_fit_in_the_order_of_its_cost(cpu8, monkeypatch):
 
     monkeypatch.setattr(plans, "plan", plan)
     job = plans.Job(tiny(), cpu8._replace(limit=75), "data:4,fsdp:2")
-    found = list(plans.fixes(job, 16))
+    found = list(fitting.fixes(job, 16))
     assert [change.text for change, _ in found] == [
         "--config.model.remat=nothing", "--config.model.remat=nothing --config.train.mesh=data:2,fsdp:4",
         "--config.model.remat=nothing --config.train.mesh=fsdp:8",
     ]  # fmt: skip
     assert [one.fits for _, one in found] == [False, False, True]
-    small = list(plans.fixes(job._replace(target=cpu8._replace(limit=45)), 16))
+    small = list(fitting.fixes(job._replace(target=cpu8._replace(limit=45)), 16))
     assert small[-1][0].text.endswith("--config.train.mesh=fsdp:8 --config.train.batch_size=8") and small[-1][1].fits
-    sampled = list(plans.fixes(job._replace(target=cpu8._replace(limit=65), is_sample=True), 16))
+    sampled = list(fitting.fixes(job._replace(target=cpu8._replace(limit=65), is_sample=True), 16))
     assert sampled[-1][0].text == "--mesh=fsdp:8 --batch_size=8" and sampled[-1][1].fits
-    assert not list(plans.fixes(job._replace(target=cpu8._replace(limit=11)), 16))[-1][1].fits
+    assert not list(fitting.fixes(job._replace(target=cpu8._replace(limit=11)), 16))[-1][1].fits
+
+
+def test_a_batch_that_the_compiler_fails_at_is_passed_over_and_said(cpu8, monkeypatch):
+    def plan(job, batch_size):
+        if batch_size > 60:
+            raise plans.CompilerError(f"jax 0 failed at a batch of {batch_size}: INTERNAL; try another")
+        return plans.Plan(batch_size, {}, 1, True, batch_size * 1e7, state=0)
+
+    monkeypatch.setattr(plans, "plan", plan)
+    job = plans.Job(tiny(), cpu8, "")
+    best, tried = fitting.largest(job, 16)
+    assert best.batch_size == 16 and len(tried) == fitting.COMPILES and "INTERNAL" in tried[1].problem
+    (line,) = plan_lines._largest_lines(job, best)
+    assert "16 fits" in line and "failed at a batch of 104" in line
+
+
+def test_rows_of_plans_are_kept_when_others_end_their_process(tmp_path, monkeypatch):
+    """The script that launch/plans.sh starts, with stand-ins for the processes that compile."""
+    spec = importlib.util.spec_from_file_location("plans_script", "launch/plans.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0")  # libtpu need not be here
+    done, real = [], subprocess.run
+
+    def run(command, **options):
+        if "--row" not in command:  # of the report: git
+            return real(command, **options)
+        table, recipe, topology, layout = command[-4:]
+        done.append((table, recipe, topology))
+        row = {"recipe": recipe, "topology": topology, "mesh": layout, "level": "O0", "collectives_GiB": 2.0}
+        return subprocess.CompletedProcess(command, 134 if topology.startswith("v6e") else 0, json.dumps(row) + "\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    given = {"recipes": ["dit"], "topologies": list(script.TARGETS), "mesh": "", "out": str(tmp_path)}
+    arguments = argparse.Namespace(**given, first=0, compiles=4, level="O0")
+    for turn in range(2):
+        (failed,) = script.make_all(arguments)
+        assert "dit v6e:4x4 data:4,fsdp:4: its process ended with code 134" in failed
+        rows = json.loads((tmp_path / "report.json").read_text())["tables"]["plans"]
+        assert [row["topology"] for row in rows] == ["v5e:4x4", "v5p:2x2x2"] and len(done) == 3 + turn
+    whole = argparse.Namespace(**{**vars(arguments), "recipes": list(script.RECIPES)})
+    assert len(script.wanted_rows(whole)) == 12 + 5 and script.wanted_rows(whole)[-1][0] == "weak_scaling"
 
 
 def test_lines_of_a_plan_and_of_sampling(capsys):
