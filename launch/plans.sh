@@ -9,5 +9,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 prepare demo
-python -c "import libtpu" 2>/dev/null || fail "the TPU compiler is not installed: type python -m pip install --no-deps libtpu"
+python -c "import libtpu" 2>/dev/null || fail "the TPU compiler is not installed: type $(command -v python) -m pip install --no-deps libtpu"
 python launch/plans.py "$@"
