@@ -220,7 +220,7 @@ def make_update(
             last = k == (num_steps if steps is None else steps) - 1
             level = last, sigma.astype(x.dtype), ratio.astype(x.dtype)
             state, y, report = student_step(state, frozen.perceptual, x, told_cond, step_key, rate, *level, target)
-            return state, y, jax.tree.map(lambda all, one: all.at[k].set(one), found, (y, *report))
+            return state, y, jax.tree.map(lambda table, one: table.at[k].set(one), found, (y, *report))
 
         scalars = jnp.zeros(num_steps, x.dtype)
         found = jnp.zeros_like(targets), scalars, scalars, jnp.full(num_steps, -1, jnp.int32)
