@@ -110,8 +110,9 @@ def run_processes(folder: Path, plan: str, *flags: str) -> subprocess.Popen:
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     command = [sys.executable, "launch/processes.py", *flags, "--", sys.executable, "-c", WORKER, str(folder), plan]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests themselves may run under nohup
+    )  # fmt: skip
 
 
 def test_all_are_started_again_until_none_is_lost(tmp_path):
