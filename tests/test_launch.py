@@ -105,14 +105,22 @@ sys.exit(int(what))
 """
 
 
+# the tests themselves may run under nohup
+HEARS_SIGHUP = """
+import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
 def run_processes(folder: Path, plan: str, *flags: str) -> subprocess.Popen:
     """Processes whose ends are planned: 75,killed/0,0 is two processes in two turns."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-    command = [sys.executable, "launch/processes.py", *flags, "--", sys.executable, "-c", WORKER, str(folder), plan]
+    command = [sys.executable, "-c", HEARS_SIGHUP, "launch/processes.py", *flags, "--"]
+    command += [sys.executable, "-c", WORKER, str(folder), plan]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests themselves may run under nohup
-    )  # fmt: skip
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
 
 
 def test_all_are_started_again_until_none_is_lost(tmp_path):
