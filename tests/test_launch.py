@@ -146,10 +146,11 @@ def test_errors_are_not_tried_again_and_the_worst_code_counts(tmp_path, plan, co
     assert process.returncode == code and len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_stop_goes_to_all_and_is_not_tried_again(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["stop", "closed terminal"])
+def test_a_stop_goes_to_all_and_is_not_tried_again(tmp_path, number):
     process = run_processes(tmp_path, "wait,wait", "--processes=2", "--retries=3")
     assert sorted(process.stderr.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert process.wait(timeout=60) == 75 and len(list(tmp_path.iterdir())) == 2
     process.communicate()
 
@@ -164,14 +165,6 @@ def test_nobody_reads_and_a_helper_stays(tmp_path):
     process.stdout.close()
     assert process.wait(timeout=60) == 0, process.stderr.read()
     process.stderr.close()
-
-
-def test_a_closed_terminal_stops_all(tmp_path):
-    process = run_processes(tmp_path, "wait,wait", "--processes=2", "--retries=3")
-    assert sorted(process.stderr.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 75 and len(list(tmp_path.iterdir())) == 2
-    process.communicate()
 
 
 def test_one_process_gets_the_whole_machine(tmp_path):

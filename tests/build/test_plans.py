@@ -365,6 +365,21 @@ def test_memory_traffic_is_that_of_xla_where_there_is_no_loop():
     assert ours[0] == pytest.approx(ours[1], rel=0.1)  # slices of the stack are copied
 
 
+@pytest.mark.fast
+def test_traffic_of_a_slice_is_the_slice():
+    """Of a stack of 1,024 rows one row is read, and written where it does not stay on the chip; a buffer moves nothing."""
+    text = """
+ENTRY %main (p: f32[1024,8]) -> f32[1,8] {
+  %p = f32[1024,8]{1,0} parameter(0)
+  %b = f32[64,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %s = (f32[1024,8]{1,0}, f32[1,8]{1,0}, u32[]) slice-start(%p), slice={[0:1], [0:8]}
+  ROOT %d = f32[1,8]{1,0PLACE} slice-done(%s)
+}
+"""
+    assert traffic.accessed(text.replace("PLACE", "")) == 2 * 8 * 4
+    assert traffic.accessed(text.replace("PLACE", ":S(1)")) == 8 * 4
+
+
 _TPU = """
 from test_plans import plans, tiny
 found = plans.plan(plans.Job(tiny(), plans.target("v5e:2x2"), "fsdp:4"), 16)
